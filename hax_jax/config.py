@@ -1,0 +1,369 @@
+"""The settings of an experiment, and every check of their ranges and combinations.
+
+A config file under `configs/` builds an `ml_collections.ConfigDict`; `Experiment.from_dict` turns it
+into the frozen dataclasses below. Nothing else in the project checks a setting, and everything that
+runs receives these dataclasses, so a bad value is refused here, before anything is compiled or written.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SOURCES = (
+    "full",
+    "sliding_window",
+    "sink",
+    "dilated",
+    "sign_bin_lsh",
+    "argmax_lsh",
+    "key_selection",
+)
+LSH_SOURCES = ("sign_bin_lsh", "argmax_lsh")
+
+# A longer sequence is refused: positions, orders and expiries are int32, and twice the length (keys
+# and queries sorted together) has to fit.
+MAX_LENGTH = 2**30
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: which field, what was expected, what came, what to do."""
+
+    def __init__(self, field: str, expected: str, got: Any, remedy: str):
+        self.field, self.expected, self.got, self.remedy = field, expected, got, remedy
+        super().__init__(f"`{field}` must be {expected}, got {got!r}; {remedy}")
+
+
+def _field(default: Any, expected: str, check: Callable[[Any], bool]) -> Any:
+    """A dataclass field that knows which values it accepts, in words and as a test."""
+    return dataclasses.field(default=default, metadata={"expected": expected, "check": check})
+
+
+def _integer(default: int, low: int, high: int = 2**31 - 1) -> Any:
+    def check(value):
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return _field(default, f"an integer in {low}..{high}", check)
+
+
+def _number(default: float, low: float, high: float = float("inf"), open_low: bool = False) -> Any:
+    def check(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return (value > low if open_low else value >= low) and value <= high and abs(value) < float("inf")
+
+    lower = f"> {low}" if open_low else f">= {low}"
+    return _field(default, f"a finite number {lower}" + (f" and <= {high}" if high < float("inf") else ""), check)
+
+
+def _choice(default: str, choices: tuple[str, ...]) -> Any:
+    return _field(default, "one of " + ", ".join(repr(c) for c in choices), lambda value: value in choices)
+
+
+def _text(default: str) -> Any:
+    return _field(default, "a string", lambda value: isinstance(value, str) and "\0" not in value)
+
+
+def _flag(default: bool) -> Any:
+    return _field(default, "True or False", lambda value: isinstance(value, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """Base of the setting groups: checks each field when an instance is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if "check" in field.metadata:
+                value = getattr(self, field.name)
+                if not field.metadata["check"](value):
+                    raise ConfigError(
+                        f"{self.prefix}{field.name}",
+                        field.metadata["expected"],
+                        value,
+                        f"the default is {field.default!r}",
+                    )
+        self.check_combinations()
+
+    @property
+    def prefix(self) -> str:
+        """What precedes a field's name in an override such as `--config.model.sparse_keys=32`."""
+        name = type(self).__name__
+        return "" if name == "Experiment" else name.removesuffix("Config").lower() + "."
+
+    def check_combinations(self) -> None:
+        """Raises ConfigError where single fields are fine but do not go together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """One architecture.
+
+    The names are the original's where it has one. `sparse_arch` is 'none' or sources joined by '+';
+    `sparse_keys` is split equally among them. `routing` is 'causal' (no statistic of the future, a
+    fixed hash projection, padding without effect) or 'parity' (the original's behaviour, faults
+    included). `precision` is 'default' (float32 parameters and recurrences, bfloat16 matmul inputs),
+    'float32', 'bfloat16' (everything, as the original trains) or 'float64' (for checks; needs x64).
+    """
+
+    arch: str = _choice("mamba2", ("mamba", "mamba2", "samba"))
+    vocab_size: int = _integer(100, 5)
+    pad_token_id: int = _integer(3, 0)
+    hidden_size: int = _integer(64, 1)
+    num_layers: int = _integer(2, 1, 1000)
+    state_size: int = _integer(32, 1)
+    expand: int = _integer(2, 1, 64)
+    conv_kernel: int = _integer(4, 1, 64)
+    norm_eps: float = _number(1e-5, 0.0, 1.0, open_low=True)
+    # Mamba-1 and Samba: width of the low-rank time-step projection.
+    time_step_rank: int = _integer(8, 1)
+    time_step_min: float = _number(0.001, 0.0, 1e3, open_low=True)
+    time_step_max: float = _number(0.1, 0.0, 1e3, open_low=True)
+    time_step_floor: float = _number(1e-4, 0.0, 1e3)
+    # Mamba-2: heads of the state-space dual form.
+    num_heads: int = _integer(8, 1)
+    head_dim: int = _integer(16, 1)
+    n_groups: int = _integer(1, 1)
+    # Positions handled at once by the chunked scans; changes memory and rounding, not the function.
+    chunk_size: int = _integer(64, 1, 4096)
+    # Samba: its attention layers and its MLPs.
+    attention_heads: int = _integer(4, 1)
+    attention_window: int = _integer(64, 1, MAX_LENGTH)
+    rope_theta: float = _number(10_000.0, 0.0, 1e12, open_low=True)
+    mlp_size: int = _integer(256, 1)
+    # The sparse attention branch.
+    sparse_arch: str = _text("none")
+    sparse_keys: int = _integer(64, 1, MAX_LENGTH)
+    num_hash: int = _integer(8, 1, 31)
+    data_max_length: int = _integer(2048, 1, MAX_LENGTH)
+    routing: str = _choice("causal", ("causal", "parity"))
+    initializer_range: float = _number(0.1, 0.0, 1e3, open_low=True)
+    precision: str = _choice("default", ("default", "float32", "bfloat16", "float64"))
+    implementation: str = _choice("auto", ("auto", "reference", "xla", "mosaic_gpu"))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of visible keys, in order; empty without a sparse attention branch."""
+        return () if self.sparse_arch == "none" else tuple(self.sparse_arch.split("+"))
+
+    @property
+    def keys_per_source(self) -> int:
+        """`sparse_keys` split equally among the sources, rounded down."""
+        return self.sparse_keys // max(len(self.sources), 1)
+
+    @property
+    def inner_size(self) -> int:
+        """Width inside a mixer, `expand * hidden_size`; also the value width of the sparse branch."""
+        return self.expand * self.hidden_size
+
+    @property
+    def dilation(self) -> int:
+        """Stride of the 'dilated' source: one key in `data_max_length // keys_per_source` is visible."""
+        return self.data_max_length // self.keys_per_source
+
+    def check_combinations(self) -> None:
+        if self.pad_token_id >= self.vocab_size:
+            raise ConfigError(
+                "model.pad_token_id", f"below model.vocab_size={self.vocab_size}", self.pad_token_id,
+                "the pad is a token of the vocabulary",
+            )
+        if self.time_step_min > self.time_step_max:
+            raise ConfigError(
+                "model.time_step_min", f"at most model.time_step_max={self.time_step_max}", self.time_step_min,
+                "swap the two",
+            )
+        if self.arch == "mamba2":
+            self._check_mamba2()
+        if self.arch == "samba":
+            self._check_samba()
+        if self.sources:
+            self._check_sources()
+
+    def _check_mamba2(self) -> None:
+        if self.num_heads * self.head_dim != self.inner_size:
+            raise ConfigError(
+                "model.head_dim",
+                f"expand * hidden_size / num_heads = {self.inner_size} / {self.num_heads}",
+                self.head_dim,
+                "the heads together are as wide as the mixer",
+            )
+        if self.num_heads % self.n_groups:
+            raise ConfigError(
+                "model.n_groups", f"a divisor of model.num_heads={self.num_heads}", self.n_groups,
+                "every group serves the same number of heads",
+            )
+
+    def _check_samba(self) -> None:
+        width, odd = divmod(self.hidden_size, self.attention_heads)
+        if odd or width % 2:
+            raise ConfigError(
+                "model.attention_heads",
+                f"a divisor of model.hidden_size={self.hidden_size} that leaves an even head width",
+                self.attention_heads,
+                "rotary embedding turns pairs of features",
+            )
+
+    def _check_sources(self) -> None:
+        if self.arch == "samba":
+            raise ConfigError(
+                "model.sparse_arch", "'none' for samba", self.sparse_arch,
+                "use model.arch='mamba' or 'mamba2' for a sparse branch",
+            )
+        for source in self.sources:
+            if source not in SOURCES:
+                raise ConfigError(
+                    "model.sparse_arch", "'none' or sources joined by '+'", self.sparse_arch,
+                    f"{source!r} is not a source; the sources are {', '.join(SOURCES)}",
+                )
+        if len(set(self.sources)) != len(self.sources):
+            raise ConfigError(
+                "model.sparse_arch", "sources that differ from each other", self.sparse_arch,
+                "name each source once; raise model.sparse_keys for more keys",
+            )
+        if self.keys_per_source < 1:
+            raise ConfigError(
+                "model.sparse_keys", f"at least {len(self.sources)}, a key for each source of {self.sparse_arch!r}",
+                self.sparse_keys, "raise it or name fewer sources",
+            )
+        if "dilated" in self.sources and self.dilation < 1:
+            raise ConfigError(
+                "model.sparse_keys",
+                f"at most {self.data_max_length * len(self.sources)} for model.data_max_length={self.data_max_length}",
+                self.sparse_keys, "lower it, or raise model.data_max_length",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Checked):
+    """Joint recall: table sizes, and where each split comes from.
+
+    With `max_n_context` 1 the task is multi-query associative recall. 'stream' makes items on the
+    device from (seed, split, index); 'dataset' reads what `experiments/create_dataset.py` wrote to
+    `data_dir`.
+    """
+
+    min_n_context: int = _integer(5, 1)
+    max_n_context: int = _integer(16, 1)
+    min_n_key: int = _integer(5, 1)
+    max_n_key: int = _integer(16, 1)
+    n_value: int = _integer(16, 2)
+    seed: int = _integer(1, 0, 2**32 - 1)
+    train_source: str = _choice("stream", ("stream", "dataset"))
+    eval_source: str = _choice("stream", ("stream", "dataset"))
+    data_dir: str = _text("")
+    # Items of the validation and of the test split for each (n_context, n_key).
+    n_eval_per_pair: int = _integer(100, 1, 10**6)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens of a padded item; a model sees one fewer."""
+        return 2 * self.max_n_context * (2 * self.max_n_key + 1) + 2
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of table sizes (n_context, n_key)."""
+        return (self.max_n_context - self.min_n_context + 1) * (self.max_n_key - self.min_n_key + 1)
+
+    @property
+    def min_vocab_size(self) -> int:
+        """Smallest vocabulary that holds every token id of the task."""
+        return 10 + self.n_value + self.max_n_key + self.max_n_context
+
+    def check_combinations(self) -> None:
+        for kind in ("context", "key"):
+            low, high = getattr(self, f"min_n_{kind}"), getattr(self, f"max_n_{kind}")
+            if low > high:
+                raise ConfigError(
+                    f"data.min_n_{kind}", f"at most data.max_n_{kind}={high}", low, "lower it or raise the maximum"
+                )
+        if self.padded_length > MAX_LENGTH:
+            raise ConfigError(
+                "data.max_n_key", f"small enough for sequences of at most {MAX_LENGTH} tokens", self.max_n_key,
+                f"these tables make sequences of {self.padded_length} tokens",
+            )
+        if "dataset" in (self.train_source, self.eval_source) and not self.data_dir:
+            raise ConfigError(
+                "data.data_dir", "the folder of the data set, since a split comes from 'dataset'", self.data_dir,
+                "make one with `python experiments/create_dataset.py --data_dir=DIR`",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(_Checked):
+    """How a model is trained: optimiser, schedule, and what happens every so many steps."""
+
+    batch_size: int = _integer(64, 1, 10**7)
+    num_steps: int = _integer(400_000, 1)
+    learning_rate: float = _number(2e-3, 0.0, 1e3)
+    warmup_steps: int = _integer(5_000, 0)
+    # After the warm-up: constant, or a decay that reaches `final_learning_rate` at `num_steps`.
+    schedule: str = _choice("constant", ("constant", "cosine", "linear"))
+    final_learning_rate: float = _number(0.0, 0.0, 1e3)
+    weight_decay: float = _number(0.01, 0.0, 1e3)
+    adam_b1: float = _number(0.9, 0.0, 0.9999999)
+    adam_b2: float = _number(0.999, 0.0, 0.9999999)
+    adam_eps: float = _number(1e-8, 0.0, 1.0, open_low=True)
+    # Batches whose mean gradient makes one update; `num_steps` counts updates.
+    grad_accumulation_steps: int = _integer(1, 1, 10**6)
+    gate_loss_weight: float = _number(0.1, 0.0, 1e6)
+    log_every_steps: int = _integer(100, 1)
+    eval_every_steps: int = _integer(500, 1)
+    eval_batch_size: int = _integer(480, 1, 10**7)
+    checkpoint_every_steps: int = _integer(1_000, 1)
+    tensorboard: bool = _flag(True)
+
+    def check_combinations(self) -> None:
+        if self.schedule != "constant":
+            if self.warmup_steps >= self.num_steps:
+                raise ConfigError(
+                    "training.warmup_steps", f"below training.num_steps={self.num_steps} for a decaying schedule",
+                    self.warmup_steps, "shorten the warm-up or use training.schedule='constant'",
+                )
+            if self.final_learning_rate > self.learning_rate:
+                raise ConfigError(
+                    "training.final_learning_rate", f"at most training.learning_rate={self.learning_rate}",
+                    self.final_learning_rate, "a schedule decays to a floor",
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(_Checked):
+    """One run: a model, its data and its training, under one seed."""
+
+    name: str = _text("experiment")
+    seed: int = _integer(0, 0)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+
+    def check_combinations(self) -> None:
+        if self.data.min_vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                "model.vocab_size", f"at least {self.data.min_vocab_size} for these tables", self.model.vocab_size,
+                "raise it, or lower data.n_value, data.max_n_key or data.max_n_context",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
+        """Builds and checks an experiment from nested settings; an unknown or misplaced name raises."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as nested plain dicts, the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    # An ml_collections.ConfigDict is not a Mapping; its keys are checked here all the same.
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if name not in fields:
+            raise ConfigError(path, "a known field", value, f"the fields here are {', '.join(sorted(fields))}")
+        if dataclasses.is_dataclass(fields[name].type):
+            if not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
+                raise ConfigError(path, "a group of fields", value, f"for example {path}.NAME=VALUE")
+            value = _build(fields[name].type, value, f"{path}.")
+        arguments[name] = value
+    return kind(**arguments)
