@@ -138,7 +138,7 @@ class ModelConfig(_Checked):
     routing: str = _choice("causal", ("causal", "parity"))
     initializer_range: float = _number(0.1, 0.0, 1e3, open_low=True)
     precision: str = _choice("default", ("default", "float32", "bfloat16", "float64"))
-    implementation: str = _choice("auto", ("auto", "reference", "xla", "mosaic_gpu"))
+    implementation: str = _choice("auto", ("auto", "reference", "xla"))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -149,6 +149,11 @@ class ModelConfig(_Checked):
     def keys_per_source(self) -> int:
         """`sparse_keys` split equally among the sources, rounded down."""
         return self.sparse_keys // max(len(self.sources), 1)
+
+    @property
+    def op_implementation(self) -> str | None:
+        """The ops' `implementation` argument: None, where each op chooses, for 'auto'."""
+        return None if self.implementation == "auto" else self.implementation
 
     @property
     def inner_size(self) -> int:

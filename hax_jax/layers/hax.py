@@ -1,0 +1,238 @@
+"""The sparse attention branch: queries, keys, which keys are visible, and the attention over them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from hax_jax.config import ModelConfig
+from hax_jax.layers.key_scorer import KeyScorer, gate_loss
+from hax_jax.layers.linear import Linear
+from hax_jax.layers.precision import Precision
+from hax_jax.layers.routing import RULES
+from hax_jax.layers.sequence import Sequence
+from hax_jax.ops import (
+    Dilated,
+    Full,
+    HashBuckets,
+    KeySet,
+    Lifetimes,
+    Sink,
+    SlidingWindow,
+    argmax_hash,
+    bucket_orders,
+    key_lifetimes,
+    segments,
+    sign_hash,
+    sparse_attention,
+)
+from hax_jax.ops.sparse_attention.key_set import Source
+
+_HASHES = {"sign_bin_lsh": sign_hash, "argmax_lsh": argmax_hash}
+
+
+class HashProjection(nnx.Variable):
+    """A fixed random projection: saved with the model, never trained."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutingDraws:
+    """The random arrays of one call of one branch.
+
+    Attributes:
+      projection: (n, r) standard-normal hash projection; None for the branch's own fixed one.
+      noise: (b, t) uniform numbers in [0, 1) that sample keys for the gate loss; None without that loss.
+    """
+
+    projection: Float[Array, "n r"] | None = None
+    noise: Float[Array, "b t"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BranchOutput:
+    """What a branch computed; all but `output` and `gate_loss` is there to be looked at.
+
+    Attributes:
+      output: (b, t, e), `attention` times the learned scale E.
+      attention: (b, t, e).
+      queries, keys: (b, t, n); the keys already divided by sqrt(n).
+      key_set: the visible keys; `key_set.sources` is in the order of `sparse_arch`.
+      gate_loss: scalar, 0 without key selection or outside training.
+      key_scores: (b, t), None without key selection.
+      sampled_scores, sampled_targets: (b, k), None where there is no gate loss.
+    """
+
+    output: jax.Array
+    attention: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+    key_set: KeySet
+    gate_loss: jax.Array
+    key_scores: jax.Array | None = None
+    sampled_scores: jax.Array | None = None
+    sampled_targets: jax.Array | None = None
+
+
+class HaxBranch(nnx.Module):
+    """Sparse attention over keys chosen by position, by hash code or by score.
+
+    [k, q] = v W, k divided by sqrt(n); out = softmax(q k^T over visible keys) v E, one head over the whole
+    width. It takes and returns vectors of one width, so it fits into any model as a layer.
+
+    Args:
+      width: e, the width of its inputs and outputs.
+      config: only what concerns the branch is read: `state_size` (n), `sparse_arch`, `sparse_keys`,
+        `num_hash`, `data_max_length`, `routing`, `precision`, `implementation`, `initializer_range`.
+      rngs: `rngs.params()` gives the initial values' keys.
+
+    Source: HAX (arXiv 2507.00449), section 4.
+    """
+
+    def __init__(self, width: int, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.precision = Precision.named(config.precision)
+        n, scale = config.state_size, config.initializer_range
+        self.key_query_proj = Linear(width, 2 * n, scale=scale, precision=self.precision, rngs=rngs)
+        self.output_scale = nnx.Param(jnp.ones(width, self.precision.param))
+        if "key_selection" in config.sources:
+            self.scorer = KeyScorer(n, scale=scale, precision=self.precision, rngs=rngs)
+        if self._hashes and not self._rule.FRESH_PROJECTION:
+            projection = jax.random.normal(rngs.params(), (n, config.num_hash), jnp.float32)
+            self.projection = HashProjection(projection)
+
+    @property
+    def _rule(self):
+        return RULES[self.config.routing]
+
+    @property
+    def _hashes(self) -> bool:
+        return any(source in _HASHES for source in self.config.sources)
+
+    @property
+    def needs_key(self) -> tuple[bool, bool]:
+        """Whether a call draws random numbers: outside training, and in training."""
+        fresh = self._hashes and self._rule.FRESH_PROJECTION
+        return fresh, fresh or "key_selection" in self.config.sources
+
+    def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> RoutingDraws:
+        """Draws the random arrays of one call from `key`, which may be None where `needs_key` says so.
+
+        Raises:
+          ValueError: no key where one is needed.
+        """
+        if not self.needs_key[train]:
+            return RoutingDraws()
+        if key is None:
+            raise ValueError(
+                f"`key` must be a PRNG key with train={train} and routing={self.config.routing!r}, got None; "
+                "the branch draws random numbers there"
+            )
+        config = self.config
+        projection_key, noise_key = jax.random.split(key)
+        projection = noise = None
+        if self._hashes and self._rule.FRESH_PROJECTION:
+            projection = jax.random.normal(projection_key, (config.state_size, config.num_hash), jnp.float32)
+        if train and "key_selection" in config.sources:
+            noise = jax.random.uniform(noise_key, (batch, length), jnp.float32)
+        return RoutingDraws(projection, noise)
+
+    def __call__(
+        self,
+        v: Float[Array, "b t e"],
+        sequence: Sequence | None = None,
+        *,
+        draws: RoutingDraws | None = None,
+        train: bool = False,
+    ) -> BranchOutput:
+        """Attends within v (b, t, e).
+
+        `draws` are the call's random arrays (see `draw`); None draws nothing, which is right outside training
+        with causal routing. With `train` the gate loss is computed.
+        """
+        sequence = sequence or Sequence()
+        draws = draws or RoutingDraws()
+        n = self.config.state_size
+        keys, queries = jnp.split(self.key_query_proj(v), 2, axis=-1)
+        keys = keys * n**-0.5
+        key_set, key_scores = self._choose_keys(queries, keys, sequence, draws)
+
+        head = lambda x: x.astype(self.precision.matmul)[:, :, None]  # noqa: E731
+        attention = sparse_attention(
+            head(queries),
+            head(keys),
+            head(v),
+            key_set,
+            segment_ids=sequence.segment_ids,
+            scale=1.0,
+            empty_rows=self._rule.EMPTY_ROWS,
+            implementation=self.config.op_implementation,
+        )[:, :, 0]
+        output = (attention * self.output_scale[...]).astype(self.precision.activation)
+        result = BranchOutput(output, attention, queries, keys, key_set, jnp.zeros(()), key_scores)
+        if not train or key_scores is None:
+            return result
+        return self._with_gate_loss(result, sequence, draws)
+
+    def _choose_keys(self, queries, keys, sequence, draws):
+        """The key set, and the scores of the keys where key selection is one of its sources."""
+        # Which keys are visible is a matter of integers: no gradient passes.
+        queries, keys = lax.stop_gradient((queries, keys))
+        config, rule, ids = self.config, self._rule, sequence.segment_ids
+        size, chosen = config.keys_per_source, config.op_implementation
+        batch, length = queries.shape[:2]
+        position = segments.positions(segments.as_array(ids, (batch, length)))
+        key_scores = None
+        sources: list[Source] = []
+        for name in config.sources:
+            if name == "full":
+                sources.append(Full())
+            elif name == "sliding_window":
+                sources.append(SlidingWindow(size))
+            elif name == "sink":
+                sources.append(Sink(size, position))
+            elif name == "dilated":
+                sources.append(Dilated(config.dilation, position))
+            elif name in _HASHES:
+                projection = draws.projection if draws.projection is not None else self._fixed_projection()
+                query_code, key_code = (
+                    _HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection) for x in (queries, keys)
+                )
+                counts_and_orders = bucket_orders(query_code, key_code, segment_ids=ids, implementation=chosen)
+                sources.append(HashBuckets(size, query_code, counts_and_orders[0], key_code, counts_and_orders[1]))
+            else:
+                key_scores = self.scorer(keys, rule.query_summary(queries, sequence))
+                scores = lax.stop_gradient(key_scores)
+                sources.append(Lifetimes(key_lifetimes(scores, size, segment_ids=ids, implementation=chosen)))
+        return KeySet(tuple(sources)), key_scores
+
+    def _fixed_projection(self) -> jax.Array:
+        if self._rule.FRESH_PROJECTION:
+            raise ValueError(
+                f"`draws.projection` must be an array with routing={self.config.routing!r}, got None; pass "
+                "`draws=branch.draw(key, batch, length, train)`"
+            )
+        return self.projection[...]
+
+    def _with_gate_loss(self, result: BranchOutput, sequence: Sequence, draws: RoutingDraws) -> BranchOutput:
+        if draws.noise is None:
+            raise ValueError(
+                "`draws.noise` must be an array in training with key selection, got None; pass "
+                "`draws=branch.draw(key, batch, length, train=True)`"
+            )
+        loss, scores, targets = gate_loss(
+            result.key_scores,
+            lax.stop_gradient(result.queries),
+            lax.stop_gradient(result.keys),
+            draws.noise,
+            self.config.keys_per_source,
+            padding_mask=sequence.padding_mask,
+            counts=self._rule.counts_for_gate_loss(sequence, result.queries.shape[:2]),
+            segment_ids=sequence.segment_ids,
+        )
+        return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
+

@@ -1,0 +1,50 @@
+"""Routing that sees no future: the default.
+
+What a position's keys are depends on what came before it in its segment, and on nothing else. Pads are a
+segment of their own, so neither their number nor their place matters.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hax_jax.layers.sequence import Sequence
+from hax_jax.ops import segments
+
+# The hash projection is drawn once and is part of the model's state.
+FRESH_PROJECTION = False
+# A query that sees no key gets zeros.
+EMPTY_ROWS = "zero"
+
+_TINY = 1e-12
+
+
+def make_sequence(
+    padding_mask: Bool[Array, "b t"] | None, segment_ids: Int[Array, "b t"] | None, arch: str
+) -> Sequence:
+    """Turns pads into one more segment, so that no op has to know of them."""
+    del arch
+    if padding_mask is not None:
+        ids = segments.as_array(segment_ids, padding_mask.shape)
+        segment_ids = jnp.where(padding_mask, ids, -1)
+    return Sequence(padding_mask, segment_ids)
+
+
+def hash_features(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
+    """The vectors whose projections' signs are the code: queries and keys as they are."""
+    return x
+
+
+def query_summary(q: Float[Array, "b t n"], sequence: Sequence) -> Float[Array, "b t n"]:
+    """What the key scorer knows of the queries so far.
+
+    s_t = sum_{i <= t} q_i, divided per feature by sqrt(sum_{i <= t} s_i^2), both within the segment.
+    """
+    total = segments.running_sum(q, sequence.segment_ids)
+    norm = jnp.sqrt(segments.running_sum(total * total, sequence.segment_ids))
+    return total / jnp.maximum(norm, _TINY)
+
+
+def counts_for_gate_loss(sequence: Sequence, shape: tuple[int, int]) -> Bool[Array, "b t"] | None:
+    """Positions that the gate loss looks at, as sampled keys and as queries: the real ones."""
+    del shape
+    return sequence.padding_mask

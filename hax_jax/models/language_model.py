@@ -1,0 +1,161 @@
+"""Tokens to logits: embedding, blocks of [norm, mixer, residual], norm, and the embedding as output layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from hax_jax.config import ModelConfig
+from hax_jax.layers import (
+    BranchOutput,
+    Embedding,
+    Mamba,
+    Mamba2,
+    Precision,
+    RMSNorm,
+    RoutingDraws,
+    Sequence,
+    SwiGLU,
+    WindowAttention,
+)
+from hax_jax.layers.routing import RULES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOutput:
+    """One block: what its mixer added to the residual stream (b, t, d), and its sparse branch's work."""
+
+    mixer: jax.Array
+    branch: BranchOutput | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What a model computed; `hidden` and `layers` are there to be looked at.
+
+    Attributes:
+      logits: (b, t, vocab), at least float32.
+      gate_loss: scalar, the layers' gate losses summed; 0 outside training.
+      hidden: (b, t, d), the output of the last norm.
+      layers: one `LayerOutput` a block.
+    """
+
+    logits: jax.Array
+    gate_loss: jax.Array
+    hidden: jax.Array
+    layers: tuple[LayerOutput, ...]
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), and in Samba + mlp(norm(.)) after it."""
+
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
+        norm = {"eps": config.norm_eps, "precision": Precision.named(config.precision)}
+        self.norm = RMSNorm(config.hidden_size, **norm)
+        self.mixer = _make_mixer(config, index, rngs)
+        self.has_mlp = config.arch == "samba"
+        if self.has_mlp:
+            self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+            self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], sequence: Sequence, draws: RoutingDraws | None, train: bool
+    ) -> tuple[Float[Array, "b t d"], LayerOutput]:
+        branch = None
+        if isinstance(self.mixer, WindowAttention):
+            mixed = self.mixer(self.norm(x), sequence)
+        else:
+            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train)
+        x = x + mixed
+        if self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, LayerOutput(mixed, branch)
+
+
+def _make_mixer(config: ModelConfig, index: int, rngs: nnx.Rngs) -> nnx.Module:
+    if config.arch == "mamba2":
+        return Mamba2(config, rngs=rngs)
+    # Samba alternates: Mamba, attention, Mamba, attention, ...
+    if config.arch == "samba" and index % 2 == 1:
+        return WindowAttention(config, rngs=rngs)
+    return Mamba(config, rngs=rngs)
+
+
+class LanguageModel(nnx.Module):
+    """A stack of blocks between an embedding and the same embedding as output layer.
+
+    Args:
+      config: the architecture.
+      rngs: `rngs.params()` gives the initial values' keys.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        precision = Precision.named(config.precision)
+        self.embeddings = Embedding(
+            config.vocab_size, config.hidden_size, scale=config.initializer_range, precision=precision, rngs=rngs
+        )
+        self.layers = nnx.List([Block(config, index, rngs=rngs) for index in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, precision=precision)
+
+    def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> tuple[RoutingDraws, ...]:
+        """Draws every layer's random arrays for one call; layer i uses `key` folded with i."""
+        draws = []
+        for index, layer in enumerate(self.layers):
+            branch = getattr(layer.mixer, "hax", None)
+            if branch is None:
+                draws.append(RoutingDraws())
+            else:
+                layer_key = None if key is None else jax.random.fold_in(key, index)
+                draws.append(branch.draw(layer_key, batch, length, train))
+        return tuple(draws)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        padding_mask: Bool[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: jax.Array | None = None,
+        draws: tuple[RoutingDraws, ...] | None = None,
+        train: bool = False,
+    ) -> ModelOutput:
+        """Predicts the token after each position.
+
+        Args:
+          tokens: (b, t) ids below `vocab_size`; larger ones are undefined, since a compiled program cannot
+            raise (the data pipeline checks them before).
+          padding_mask: (b, t) True at real tokens; None where all are. Outputs at pads mean nothing.
+          segment_ids: (b, t) for packed rows, with causal routing.
+          key: feeds what is random in the call: the gate loss's sampling in training, and with parity routing
+            the hash projections. Not needed otherwise.
+          draws: those random arrays themselves, instead of `key`.
+          train: whether to compute the gate loss.
+
+        Returns:
+          A `ModelOutput`.
+
+        Raises:
+          ValueError: random numbers are needed and neither `key` nor `draws` is given; segment ids with parity
+            routing; shapes that do not fit.
+        """
+        sequence = RULES[self.config.routing].make_sequence(padding_mask, segment_ids, self.config.arch)
+        if draws is None:
+            draws = self.draw(key, *tokens.shape, train)
+        x = self.embeddings(tokens)
+        layers = []
+        for layer, layer_draws in zip(self.layers, draws, strict=True):
+            x, output = layer(x, sequence, layer_draws, train)
+            layers.append(output)
+        hidden = self.norm(x)
+        gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
+        return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
+
+
+def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
+    """Builds the model that `config` describes, with the original's initial values."""
+    return LanguageModel(config, rngs=rngs)

@@ -1,0 +1,24 @@
+"""The convolution as a sum over explicit windows."""
+
+import jax.numpy as jnp
+
+from hax_jax.ops.numerics import wide
+
+
+def causal_conv1d(x, weight, bias, segment_ids):
+    width, length = weight.shape[0], x.shape[1]
+    dtype = wide(x.dtype, weight.dtype)
+    outputs = []
+    for t in range(length):
+        total = jnp.zeros((x.shape[0], x.shape[2]), dtype)
+        for tap in range(width):
+            source = t - width + 1 + tap
+            if source < 0:
+                continue
+            term = x[:, source].astype(dtype) * weight[tap].astype(dtype)
+            if segment_ids is not None:
+                term = jnp.where((segment_ids[:, source] == segment_ids[:, t])[:, None], term, 0)
+            total = total + term
+        outputs.append(total)
+    y = jnp.stack(outputs, axis=1)
+    return y if bias is None else y + bias.astype(dtype)

@@ -1,0 +1,28 @@
+"""The convolution as a sum of shifted copies, which XLA fuses into one pass."""
+
+import jax.numpy as jnp
+
+from hax_jax.ops.numerics import wide
+
+
+def _shift(x, steps):
+    """Moves x (b, t, ...) `steps` positions later, zeros first."""
+    if steps == 0:
+        return x
+    length = x.shape[1]
+    padding = [(0, 0), (steps, 0)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, padding)[:, :length]
+
+
+def causal_conv1d(x, weight, bias, segment_ids):
+    width = weight.shape[0]
+    x, weight = x.astype(wide(x.dtype, weight.dtype)), weight.astype(wide(x.dtype, weight.dtype))
+    y = jnp.zeros_like(x)
+    for tap in range(width):
+        steps = width - 1 - tap
+        term = _shift(x, steps) * weight[tap]
+        if segment_ids is not None and steps:
+            # Before the row both the ids and x are zeros: an id of 0 may match there, but it adds nothing.
+            term = jnp.where((_shift(segment_ids, steps) == segment_ids)[..., None], term, 0)
+        y = y + term
+    return y if bias is None else y + bias.astype(y.dtype)

@@ -1,0 +1,36 @@
+"""The only place that resolves `implementation`: a name to one function, never a quiet fallback."""
+
+from collections.abc import Callable, Mapping
+
+NAMES = ("reference", "xla", "mosaic_gpu")
+
+
+def resolve(op: str, implementation: str | None, available: Mapping[str, Callable]) -> Callable:
+    """Returns the function that `implementation` names, or for None the best one this op has.
+
+    Args:
+      op: the op's name, for the message.
+      implementation: one of `NAMES`, or None for the op's own choice ('xla', which runs anywhere).
+      available: the op's implementations by name.
+
+    Raises:
+      ValueError: the name is unknown, or the op has no such implementation.
+    """
+    if implementation is None:
+        return available["xla"]
+    if implementation not in NAMES:
+        raise ValueError(
+            f"`implementation` of {op} must be None or one of {', '.join(NAMES)}, got {implementation!r}"
+        )
+    if implementation not in available:
+        raise ValueError(
+            f"`implementation` of {op} must be one it has ({', '.join(available)}), got {implementation!r}; "
+            "use None to let the op choose"
+        )
+    return available[implementation]
+
+
+def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[int, ...], legend: str) -> None:
+    """Raises ValueError where a shape is not the expected one; `legend` names its letters."""
+    if got != expected:
+        raise ValueError(f"`{argument}` of {op} must have shape ({legend}) = {expected}, got {got}")

@@ -1,0 +1,77 @@
+"""Key selection: scores to lifetimes, and the ranking loss that trains the scores."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hax_jax.ops import dispatch
+from hax_jax.ops.key_selection import reference, xla
+from hax_jax.ops.numerics import wide
+
+IMPLEMENTATIONS = {"xla": xla.key_lifetimes, "reference": reference.key_lifetimes}
+
+
+def key_lifetimes(
+    scores: Float[Array, "b t"],
+    num_keys: int,
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> Int[Array, "b t"]:
+    """Tells until when each key stays in the running top-k.
+
+    Key j is visible to query i exactly when j <= i < expiry_j. A score never changes and a prefix only grows,
+    so a key that has left the `num_keys` best of the prefix never comes back: expiry_j is the position at
+    which the num_keys-th better key has come (that position itself included; t where it never comes). Of
+    equal scores the earlier position is the better.
+
+    Args:
+      scores: (b, t) any float dtype, no NaN.
+      num_keys: k, at least 1.
+      segment_ids: (b, t) int32; each segment has a running top-k of its own.
+      implementation: None, 'reference' (compares all pairs) or 'xla' (a sort, then log2(t) linear passes).
+
+    Returns:
+      (b, t) int32 expiries; expiry_j <= j for a key that is never visible.
+
+    Raises:
+      ValueError: `num_keys` below 1, shapes that do not fit, or an implementation this op does not have.
+
+    Source: HAX (arXiv 2507.00449), section 4, restated; the README beside this file derives it. Memory grows
+    as b t ('xla').
+    """
+    function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS)
+    if num_keys < 1:
+        raise ValueError(f"`num_keys` of key_lifetimes must be at least 1, got {num_keys}")
+    if segment_ids is not None:
+        dispatch.check_shape("key_lifetimes", "segment_ids", segment_ids.shape, scores.shape, "b, t")
+    return function(scores, num_keys, segment_ids)
+
+
+def ranking_loss(
+    scores: Float[Array, "b k"], targets: Float[Array, "b k"], valid: Bool[Array, "b k"] | None = None
+) -> Float[Array, ""]:
+    """Asks scores to stand in the order of their targets.
+
+    loss = mean over ordered pairs (a, c), a = c included, of BCE(sigmoid(score_a - score_c), label) with label
+    1, 0.5 or 0 where target_a is above, equal to or below target_c.
+
+    Args:
+      scores: (b, k), the gradient's only way.
+      targets: (b, k), held constant.
+      valid: (b, k) bool; pairs with an invalid member are left out of the mean.
+
+    Returns:
+      A scalar, at least float32; 0 where no pair is valid.
+
+    Source: HAX (arXiv 2507.00449), section 4. Memory grows as b k^2.
+    """
+    dtype = wide(scores.dtype)
+    scores, targets = scores.astype(dtype), jax.lax.stop_gradient(targets)
+    logit = scores[:, :, None] - scores[:, None, :]
+    label = 0.5 * (1 + jnp.sign(targets[:, :, None] - targets[:, None, :]).astype(dtype))
+    loss = jax.nn.softplus(logit) - label * logit
+    if valid is None:
+        return loss.mean()
+    pair = valid[:, :, None] & valid[:, None, :]
+    return jnp.where(pair, loss, 0).sum() / jnp.maximum(pair.sum(), 1)

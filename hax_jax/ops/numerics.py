@@ -1,0 +1,28 @@
+"""Two rules of arithmetic that every op keeps.
+
+Products accumulate in float32 at least, whatever the inputs' dtype, and float32 inputs are never rounded
+to TF32 on the way (a GPU's default), so that float32 means float32 everywhere.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def wide(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype that recurrences, softmax and losses use for inputs of these dtypes: at least float32."""
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """`jnp.einsum` that accumulates in, and returns, at least float32."""
+    return jnp.einsum(
+        subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=wide(*(x.dtype for x in operands))
+    )
+
+
+def pad_time(x: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> jax.Array:
+    """Pads the end of the time axis with `value` up to a multiple of `multiple`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,47 @@
+"""Segments: runs of positions in a row that know nothing of each other.
+
+Packed items are segments; in causal routing the pads of a row are one more. Everything that moves along
+time (convolution, state, running sums, hash orders, attention) stops at a boundary. Segment ids are any
+int32 numbers; equal neighbours belong together, and an id is not used again later in the row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+
+def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
+    """True at each segment's first position, except at position 0, which may continue an earlier row."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=False)
+
+
+def positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Position of each token inside its segment, from 0."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    return index - lax.cummax(jnp.where(starts(segment_ids), index, 0), axis=1)
+
+
+def running_sum(x: Array, segment_ids: Int[Array, "b t"] | None) -> Array:
+    """Inclusive sum over time of x (b, t, ...), begun anew in every segment.
+
+    A boundary must not leave the rounding of earlier segments behind, as a difference of two long sums
+    would, so this is a scan whose sum restarts.
+    """
+    if segment_ids is None:
+        return jnp.cumsum(x, axis=1)
+    restart = starts(segment_ids).reshape(segment_ids.shape + (1,) * (x.ndim - 2))
+
+    def combine(left, right):
+        left_sum, left_restart = left
+        right_sum, right_restart = right
+        return jnp.where(right_restart, right_sum, left_sum + right_sum), left_restart | right_restart
+
+    restart = jnp.broadcast_to(restart, x.shape)
+    return lax.associative_scan(combine, (x, restart), axis=1)[0]
+
+
+def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]) -> jax.Array:
+    """The ids, or one segment a row where there are none."""
+    return jnp.zeros(shape, jnp.int32) if segment_ids is None else segment_ids

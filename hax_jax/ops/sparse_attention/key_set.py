@@ -1,0 +1,177 @@
+"""Key sets: which keys each query sees, as a few integers per position instead of a t x t mask.
+
+Every source is a rule that says, from integers of the query's position and integers of the key's position
+alone, whether the key is visible. Implementations evaluate the rule where they need it: on a whole matrix,
+on a tile, in registers. All rules imply j <= i.
+"""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+Integers = tuple[jax.Array, ...]
+
+
+class Source(Protocol):
+    """One source of visible keys."""
+
+    def rows(self) -> Integers:
+        """Integers of the queries, each (b, t)."""
+
+    def columns(self) -> Integers:
+        """Integers of the keys, each (b, t)."""
+
+    def rule(self, i: jax.Array, j: jax.Array, rows: Integers, columns: Integers) -> jax.Array:
+        """Whether query position i sees key position j; elementwise over arrays that broadcast."""
+
+
+def _source(*, static: tuple[str, ...] = (), arrays: tuple[str, ...] = ()):
+    """Makes a frozen dataclass a pytree: `arrays` are its leaves, `static` is part of its type."""
+
+    def decorate(kind):
+        kind = dataclasses.dataclass(frozen=True)(kind)
+        return jax.tree_util.register_dataclass(kind, data_fields=list(arrays), meta_fields=list(static))
+
+    return decorate
+
+
+class _Positional:
+    """A source that needs nothing but the two positions."""
+
+    def rows(self) -> Integers:
+        return ()
+
+    def columns(self) -> Integers:
+        return ()
+
+
+@_source()
+class Full(_Positional):
+    """Every key up to the query: j <= i."""
+
+    def rule(self, i, j, rows, columns):
+        del rows, columns
+        return j <= i
+
+
+@_source(static=("size",))
+class SlidingWindow(_Positional):
+    """The query's own position and the size - 1 before it: 0 <= i - j < size."""
+
+    size: int
+
+    def rule(self, i, j, rows, columns):
+        del rows, columns
+        return (j <= i) & (i - j < self.size)
+
+
+class _ByKeyPosition:
+    """A source that looks at the key's position inside its segment."""
+
+    key_position: Int[Array, "b t"]
+
+    def rows(self) -> Integers:
+        return ()
+
+    def columns(self) -> Integers:
+        return (self.key_position,)
+
+
+@_source(static=("size",), arrays=("key_position",))
+class Sink(_ByKeyPosition):
+    """The first `size` keys of a segment."""
+
+    size: int
+    key_position: Int[Array, "b t"]
+
+    def rule(self, i, j, rows, columns):
+        (position,) = columns
+        return (j <= i) & (position < self.size)
+
+
+@_source(static=("stride",), arrays=("key_position",))
+class Dilated(_ByKeyPosition):
+    """Every stride-th key of a segment: position mod stride == stride - 1."""
+
+    stride: int
+    key_position: Int[Array, "b t"]
+
+    def rule(self, i, j, rows, columns):
+        (position,) = columns
+        return (j <= i) & (position % self.stride == self.stride - 1)
+
+
+@_source(static=("size",), arrays=("query_code", "query_count", "key_code", "key_order"))
+class HashBuckets:
+    """The `size` most recent keys with the query's hash code; counts and orders are `ops.lsh.bucket_orders`'."""
+
+    size: int
+    query_code: Int[Array, "b t"]
+    query_count: Int[Array, "b t"]
+    key_code: Int[Array, "b t"]
+    key_order: Int[Array, "b t"]
+
+    def rows(self) -> Integers:
+        return self.query_code, self.query_count
+
+    def columns(self) -> Integers:
+        return self.key_code, self.key_order
+
+    def rule(self, i, j, rows, columns):
+        # Within a segment age >= 0 implies j <= i; across segments the numbers mean nothing.
+        (query_code, count), (key_code, order) = rows, columns
+        age = count - 1 - order
+        return (query_code == key_code) & (age >= 0) & (age < self.size) & (j <= i)
+
+
+@_source(arrays=("expiry",))
+class Lifetimes:
+    """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'."""
+
+    expiry: Int[Array, "b t"]
+
+    def rows(self) -> Integers:
+        return ()
+
+    def columns(self) -> Integers:
+        return (self.expiry,)
+
+    def rule(self, i, j, rows, columns):
+        (expiry,) = columns
+        return (j <= i) & (i < expiry)
+
+
+@_source(arrays=("sources",))
+class KeySet:
+    """The union of sources; a key that several of them show counts once."""
+
+    sources: tuple[Source, ...]
+
+    def tile(self, i: Int[Array, "r"], j: Int[Array, "c"]) -> Bool[Array, "b r c"]:
+        """Visibility of every key position in `j` to every query position in `i`; the batch axis may be 1."""
+        return self._union(
+            i[None, :, None],
+            j[None, None, :],
+            lambda array: array[:, i][:, :, None],
+            lambda array: array[:, j][:, None, :],
+        )
+
+    def pairs(self, i: Int[Array, "b m"], j: Int[Array, "b m"]) -> Bool[Array, "b m"]:
+        """Visibility of key position j[b, m] to query position i[b, m]."""
+        return self._union(
+            i,
+            j,
+            lambda array: jnp.take_along_axis(jnp.broadcast_to(array, (i.shape[0], array.shape[1])), i, axis=1),
+            lambda array: jnp.take_along_axis(jnp.broadcast_to(array, (j.shape[0], array.shape[1])), j, axis=1),
+        )
+
+    def _union(self, i, j, take_rows, take_columns):
+        visible = [
+            source.rule(i, j, tuple(map(take_rows, source.rows())), tuple(map(take_columns, source.columns())))
+            for source in self.sources
+        ]
+        return functools.reduce(jnp.logical_or, visible)

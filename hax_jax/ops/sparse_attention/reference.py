@@ -1,0 +1,23 @@
+"""Attention with one t x t mask, in float32 at least: obvious, and quadratic in memory."""
+
+import jax.numpy as jnp
+
+from hax_jax.ops import segments
+from hax_jax.ops.numerics import einsum, wide
+
+
+def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
+    dtype = wide(q.dtype, v.dtype)
+    q, k, v = (array.astype(dtype) for array in (q, k, v))
+    batch, length = q.shape[:2]
+    position = jnp.arange(length)
+    ids = segments.as_array(segment_ids, (batch, length))
+    mask = key_set.tile(position, position) & (ids[:, :, None] == ids[:, None, :])
+    scores = scale * einsum("bthn,bshn->bhts", q, k)
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    seen = mask.any(-1)[:, None, :, None]
+    # A row of -inf would make NaN; its weights are set below.
+    weights = jnp.exp(scores - jnp.where(seen, scores.max(-1, keepdims=True), 0))
+    weights = weights / jnp.where(seen, weights.sum(-1, keepdims=True), 1)
+    weights = jnp.where(seen, weights, 1 / length if uniform_empty_rows else 0)
+    return einsum("bhts,bshe->bthe", weights, v)
