@@ -1,9 +1,9 @@
 """What a model is trained and scored on: one batch of joint recall, as a pytree of arrays."""
 
 import dataclasses
+from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +25,11 @@ class Batch:
         evaluation and is never scored.
     """
 
-    tokens: Int[Array, "b t"]
-    targets: Int[Array, "b t"]
-    score_mask: Bool[Array, "b t"]
-    padding_mask: Bool[Array, "b t"]
-    n_context: Int[Array, " b"]
-    n_key: Int[Array, " b"]
-    item_weight: Float[Array, " b"]
+    # Not annotated as arrays: `jax.tree.map` also builds batches of shapes, shardings and the like.
+    tokens: Any
+    targets: Any
+    score_mask: Any
+    padding_mask: Any
+    n_context: Any
+    n_key: Any
+    item_weight: Any
