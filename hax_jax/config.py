@@ -348,8 +348,11 @@ class Experiment(_Checked):
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
-        """Builds and checks an experiment from nested settings; an unknown or misplaced name raises."""
+    def from_dict(cls, values: Any) -> "Experiment":
+        """Builds and checks an experiment from nested settings, a mapping or an `ml_collections.ConfigDict`.
+
+        A field that is left out has its default; an unknown or misplaced name raises ConfigError.
+        """
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -357,7 +360,7 @@ class Experiment(_Checked):
         return dataclasses.asdict(self)
 
 
-def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+def _build(kind: type, values: Any, prefix: str) -> Any:
     # An ml_collections.ConfigDict is not a Mapping; its keys are checked here all the same.
     values = values.to_dict() if hasattr(values, "to_dict") else values
     fields = {field.name: field for field in dataclasses.fields(kind)}

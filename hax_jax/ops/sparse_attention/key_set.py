@@ -7,7 +7,7 @@ on a tile, in registers. All rules imply j <= i.
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 Integers = tuple[jax.Array, ...]
 
 
+@runtime_checkable
 class Source(Protocol):
     """One source of visible keys."""
 

@@ -1,0 +1,1 @@
+"""One config file for each row of Table 3; `common.py` holds what they share."""

@@ -1,0 +1,55 @@
+"""What the config files share: the defaults, and the arguments after a colon.
+
+The defaults of every field stand in `hax_jax/config.py` alone; a config file names what its row changes.
+`--config=configs/mamba2_hax.py:cpu` hands 'cpu' to the file's `get_config`. The arguments, joined by a
+comma where several are wanted:
+
+- cpu: a joint recall of 3 to 4 contexts and keys that a machine without a GPU learns in minutes;
+- parity: the original's routing, faults included, in bfloat16 throughout as the paper trained.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hax_jax.config import ConfigError, Experiment
+
+MAMBA = {"arch": "mamba", "state_size": 16}
+MAMBA2 = {"arch": "mamba2", "state_size": 32}
+
+
+def experiment(name: str, argument: str, **model: Any) -> ConfigDict:
+    """The settings of one row: the defaults, the row's own `model` fields, then the arguments."""
+    config = ConfigDict(Experiment(name=name).to_dict())
+    config.model.update(model)
+    for word in argument.split(",") if argument else ():
+        if word not in ARGUMENTS:
+            raise ConfigError(
+                "config argument", f"one of {', '.join(ARGUMENTS)}", word,
+                f"for example --config=configs/{name}.py:cpu",
+            )
+        ARGUMENTS[word](config)
+        config.name += f"_{word}"
+    return config
+
+
+def _cpu(config: ConfigDict) -> None:
+    config.data.update(
+        min_n_context=3, max_n_context=4, min_n_key=3, max_n_key=4, n_value=16, n_eval_per_pair=250
+    )
+    config.model.update(sparse_keys=16)
+    config.training.update(
+        num_steps=2_000,
+        warmup_steps=100,
+        eval_every_steps=250,
+        eval_batch_size=250,
+        checkpoint_every_steps=500,
+    )
+
+
+def _parity(config: ConfigDict) -> None:
+    config.model.update(routing="parity", precision="bfloat16")
+
+
+ARGUMENTS: dict[str, Callable[[ConfigDict], None]] = {"cpu": _cpu, "parity": _parity}

@@ -1,0 +1,16 @@
+"""Table 3, Mamba +LSH: keys with the query's hash code.
+
+    python experiments/joint_recall.py --config=configs/mamba_lsh.py
+
+Paper: 11.6 % test accuracy after 400,000 steps. 82,368 parameters.
+Time: not measured yet at this size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The settings of this row; the arguments are explained in `configs/common.py`."""
+    return common.experiment("mamba_lsh", argument, **common.MAMBA, sparse_arch="sign_bin_lsh")
