@@ -34,6 +34,9 @@ SPLITS = ("train", "valid", "test")
 # chance is below 2**-68. Only smaller ones are compared with the items drawn before.
 _LOG2_NEVER_REPEATS = 128
 
+# Sweeps, and draws of 8 bytes each, beyond which drawing more of them together gains nothing.
+_SWEEPS_TOGETHER, _DRAWS_TOGETHER = 100, 2**23
+
 
 def first_key(config: DataConfig) -> int:
     """Token id of key 0; the values lie below it."""
@@ -201,6 +204,10 @@ class PublishedItems:
 
     An item whose text line came before, in any split, is drawn again. Memory: 8 bytes per draw (0.4 MB a
     sweep at the published sizes), and the items seen so far of table sizes that can repeat.
+
+    Attributes:
+      layout: the layout of a sweep.
+      sweeps_together: how many sweeps are best drawn by one call.
     """
 
     def __init__(self, config: DataConfig):
@@ -211,6 +218,7 @@ class PublishedItems:
         self._limits = [_draw_limits(c, k, config.n_value) for c, k in sizes]
         self._ends = np.cumsum([len(limits) for limits in self._limits])
         self._all_limits = np.concatenate(self._limits)
+        self.sweeps_together = max(1, min(_SWEEPS_TOGETHER, _DRAWS_TOGETHER // len(self._all_limits)))
         can_repeat = [distinct_items(c, k, config.n_value) < math.inf for c, k in sizes]
         self._seen: dict[int, set[bytes]] = {int(pair): set() for pair in np.flatnonzero(can_repeat)}
 
@@ -288,11 +296,12 @@ def _permutations(draws: np.ndarray) -> np.ndarray:
 
 def text_lines(items: np.ndarray) -> bytes:
     """Items (n, length) as the original's text: decimal numbers with spaces between, a line per item."""
-    words = [f"{number} ".encode() for number in range(int(items.max(initial=0)) + 1)]
-    width = max(len(word) for word in words)
-    # Each number at a fixed width, filled up with zero bytes that are dropped at the end.
-    table = np.frombuffer(b"".join(word.rjust(width, b"\0") for word in words), np.uint8).reshape(-1, width)
-    text = table[items]
-    text[:, -1, -1] = ord("\n")
-    text = text.reshape(-1)
-    return text[text != 0].tobytes()
+    numbers = range(int(items.max(initial=0)) + 1)
+    width = 4 if len(numbers) <= 1000 else 8
+    # Each number at a fixed width, as one machine word, filled up with zero bytes that are then dropped.
+    words = [str(number).encode() for number in numbers]
+    inside = np.frombuffer(b"".join((word + b" ").ljust(width, b"\0") for word in words), f"u{width}")
+    at_end = np.frombuffer(b"".join((word + b"\n").ljust(width, b"\0") for word in words), f"u{width}")
+    text = inside[items]
+    text[:, -1] = at_end[items[:, -1]]
+    return text.tobytes().translate(None, b"\0")
