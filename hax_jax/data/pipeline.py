@@ -1,0 +1,181 @@
+"""One interface to both forms of the data: Grain for order and iterator state, one pure function to a Batch.
+
+The host only counts items (and for a data set reads them); everything else happens inside the compiled
+step, where `Split.materialize` turns what the iterator yields into a `Batch`.
+"""
+
+import abc
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+
+from hax_jax.config import ConfigError, DataConfig
+from hax_jax.data import stream
+from hax_jax.data.batch import Batch
+from hax_jax.data.joint_recall import SPLITS
+from hax_jax.data.reader import StoredSplit, check_settings, read_manifest
+
+# Items are numbered in 32 bits: at batch 64 an endless stream ends after 67 million steps.
+_MOST_ITEMS = 2**32
+# Batches of a data set that one thread reads ahead while the device works.
+_READ_AHEAD = 8
+
+RawBatch = Mapping[str, Any]
+
+
+def make_split(config: DataConfig, split: str) -> "Split":
+    """The items of a split, as `config.train_source` or `config.eval_source` says.
+
+    Args:
+      config: the task and where its items come from.
+      split: 'train', 'valid' or 'test'.
+
+    Raises:
+      ConfigError: an unknown split, or a data set made with other settings; the message names the field.
+      DatasetError: the data set is missing, unfinished or damaged.
+    """
+    if split not in SPLITS:
+        raise ConfigError("split", f"one of {', '.join(SPLITS)}", split, "name one of these")
+    source = config.train_source if split == "train" else config.eval_source
+    return _StoredItems(config, split) if source == "dataset" else _StreamItems(config, split)
+
+
+class Split(abc.ABC):
+    """The items of a split, in the order of sweeps: item i has the (i mod num_pairs)-th table size.
+
+    Attributes:
+      config: the task.
+      split: 'train', 'valid' or 'test'.
+      num_items: how many there are, or None for an endless stream.
+    """
+
+    config: DataConfig
+    split: str
+    num_items: int | None
+
+    def iterator(
+        self, batch_size: int, *, repeat: bool, drop_remainder: bool = False
+    ) -> grain.DatasetIterator[RawBatch]:
+        """Walks the split in order, in batches of fixed size.
+
+        Args:
+          batch_size: items of a batch.
+          repeat: begin again after the last item, in the middle of a batch if need be, for ever. Otherwise
+            the last batch is filled up with rows of weight 0.
+          drop_remainder: without `repeat`, leave an incomplete last batch out instead.
+
+        Returns:
+          A Grain iterator over raw batches: dicts of NumPy arrays with leading axis `batch_size`, to be
+          given to `materialize`. Its state is a dict of integers that JSON can hold.
+
+        Raises:
+          ValueError: `batch_size` is below 1 or leaves no batch at all.
+        """
+        batches = _Batches(self.num_items, batch_size, repeat, drop_remainder)
+        return iter(self._load(grain.MapDataset.source(batches)))
+
+    @abc.abstractmethod
+    def materialize(self, raw: RawBatch) -> Batch:
+        """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted step."""
+
+    @abc.abstractmethod
+    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+        """Adds to numbered items what the host has to know about them."""
+
+
+class _Batches:
+    """Batch number -> numbers and weights of its items; a random-access source for Grain."""
+
+    def __init__(self, num_items: int | None, batch_size: int, repeat: bool, drop_remainder: bool):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size}; the recipe uses 64")
+        self._size = batch_size
+        self._num_items = num_items or _MOST_ITEMS
+        whole, rest = divmod(self._num_items, batch_size)
+        if num_items is None:
+            self._length = whole
+        elif repeat:
+            self._length = sys.maxsize
+        else:
+            self._length = whole + (rest > 0 and not drop_remainder)
+        if self._length == 0:
+            raise ValueError(
+                f"`batch_size` must be at most {self._num_items}, the items of the split, got {batch_size}; "
+                "lower it or use drop_remainder=False"
+            )
+        self._repeat = repeat
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: Any) -> dict[str, np.ndarray]:
+        # Python's integers do not overflow in a run that wraps round very often.
+        first = int(number) * self._size
+        beyond = np.arange(first % self._num_items, first % self._num_items + self._size)
+        index = (beyond % self._num_items).astype(np.uint32)
+        weight = np.ones(self._size, np.float32)
+        if not self._repeat:
+            weight[beyond >= self._num_items] = 0.0
+        return {"index": index, "weight": weight}
+
+
+class _StreamItems(Split):
+    """Items made on the device; the host only counts."""
+
+    def __init__(self, config: DataConfig, split: str):
+        self.config, self.split = config, split
+        self.num_items = None if split == "train" else config.num_pairs * config.n_eval_per_pair
+        if self.num_items and self.num_items > _MOST_ITEMS:
+            raise ConfigError(
+                "data.n_eval_per_pair", f"at most {_MOST_ITEMS // config.num_pairs}, 2^32 items in all",
+                config.n_eval_per_pair, "lower it",
+            )
+
+    def materialize(self, raw: RawBatch) -> Batch:
+        return _batch(stream.make_items(raw["index"], self.split, self.config), raw, self.config)
+
+    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+class _StoredItems(Split):
+    """Items read from a data set, one sweep at a time, ahead of the device."""
+
+    def __init__(self, config: DataConfig, split: str):
+        self.config, self.split = config, split
+        manifest = read_manifest(config.data_dir)
+        check_settings(manifest, config)
+        self._stored = StoredSplit(manifest, split)
+        per_pair = self._stored.num_sweeps if split == "train" else config.n_eval_per_pair
+        self.num_items = per_pair * config.num_pairs
+
+    def materialize(self, raw: RawBatch) -> Batch:
+        return _batch(jnp.asarray(raw["tokens"]).astype(jnp.int32), raw, self.config)
+
+    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+        def read(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {**raw, "tokens": self._stored.items(raw["index"])}
+
+        return batches.map(read).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+        )
+
+
+def _batch(tokens: Any, raw: RawBatch, config: DataConfig) -> Batch:
+    """Splits padded items (b, padded_length) into input and target, with the masks that follow from sizes."""
+    n_context, n_key = stream.table_sizes(jnp.asarray(raw["index"]), config)
+    weight = jnp.asarray(raw["weight"])
+    score_mask, padding_mask = stream.masks(n_context, n_key, config.padded_length - 1)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        score_mask=score_mask & (weight[:, None] > 0),
+        padding_mask=padding_mask,
+        n_context=n_context,
+        n_key=n_key,
+        item_weight=weight,
+    )
