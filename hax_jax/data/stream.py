@@ -7,6 +7,8 @@ repeat by chance where a table size has few of them; at the published sizes ther
 """
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from hax_jax.data.joint_recall import (
     first_context,
     first_key,
 )
+
+# An arbitrary number, the letters JR.
+_PURPOSE = 0x4A520000
 
 
 def table_sizes(index: UInt[Array, " b"], config: DataConfig) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
@@ -64,9 +69,10 @@ def make_items(index: UInt[Array, " b"], split: str, config: DataConfig) -> Int[
 
     Memory: linear in the tokens; the orders of `2 * max_n_context * max_n_key` keys are drawn for each item.
     """
-    # The generator is named, so that a change of JAX's default cannot change the items.
-    seed_key = jax.random.wrap_key_data(jnp.array([0, config.seed], jnp.uint32), impl="threefry2x32")
-    split_key = jax.random.fold_in(seed_key, SPLITS.index(split))
+    # The generator is named, so that a change of JAX's default cannot change the items; the first word
+    # keeps the key apart from `jax.random.key(seed)` and from the other splits.
+    words = jnp.array([_PURPOSE + SPLITS.index(split), config.seed], jnp.uint32)
+    split_key = jax.random.wrap_key_data(words, impl="threefry2x32")
     n_context, n_key = table_sizes(index, config)
     make = functools.partial(_make_item, split_key, config=config)
     return jax.vmap(make)(index, n_context, n_key)
@@ -77,12 +83,16 @@ def _make_item(
 ) -> Int[Array, " length"]:
     # Everything is drawn for the largest table, so that shapes do not depend on the item.
     most_contexts, most_keys = config.max_n_context, config.max_n_key
-    value_key, context_key, key_key = jax.random.split(jax.random.fold_in(split_key, index), 3)
+    shapes = {
+        "values": (most_contexts, most_keys),
+        "contexts": (2, most_contexts),
+        "keys": (2, most_contexts, most_keys),
+    }
+    bits = _bits(jax.random.fold_in(split_key, index), shapes)
     # A remainder of 32 bits favours some values by less than n_value / 2^32.
-    bits = jax.random.bits(value_key, (most_contexts, most_keys), jnp.uint32)
-    values = (bits % jnp.uint32(config.n_value)).astype(jnp.int32)
-    contexts = _orders(context_key, (2, most_contexts), n_context)
-    keys = _orders(key_key, (2, most_contexts, most_keys), n_key)
+    values = (bits["values"] % jnp.uint32(config.n_value)).astype(jnp.int32)
+    contexts = _orders(bits["contexts"], n_context)
+    keys = _orders(bits["keys"], n_key)
 
     position = jnp.arange(config.padded_length, dtype=jnp.int32)
     half, place, in_half = _places(position, n_context, n_key)
@@ -109,13 +119,20 @@ def _places(position: Array, n_context: Array, n_key: Array) -> tuple[Array, Arr
     return half, place, (place >= 0) & (place < size)
 
 
-def _orders(key: Array, shape: tuple[int, ...], count: Array) -> Int[Array, "..."]:
+def _bits(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, UInt[Array, "..."]]:
+    """Random 32-bit words in several shapes, from one call of the generator: each takes long to compile."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    words = jax.random.bits(key, (sum(sizes),), jnp.uint32)
+    parts = jnp.split(words, list(itertools.accumulate(sizes))[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+
+def _orders(bits: UInt[Array, "*shape"], count: Array) -> Int[Array, "*shape"]:
     """Uniform orders of `count` things along the last axis; what follows them there is of no meaning.
 
     Sorting random bits gives every order the same chance but for ties, which have a chance below
     count^2 / 2^33 and keep their order.
     """
-    bits = jax.random.bits(key, shape, jnp.uint32)
     last = jnp.uint32(2**32 - 1)
-    bits = jnp.where(jnp.arange(shape[-1]) < count, bits, last)
+    bits = jnp.where(jnp.arange(bits.shape[-1]) < count, bits, last)
     return jnp.argsort(bits, axis=-1, stable=True).astype(jnp.int32)
