@@ -8,13 +8,11 @@ import contextlib
 import dataclasses
 import difflib
 import logging
-import os
 import pathlib
 import re
 import sys
-import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -39,7 +37,7 @@ def parse(argv: Sequence[str]) -> Command:
     try:
         arguments = flags.FlagValues().read_flags_from_files(list(argv[1:]), force_gnu=False)
     except (flags.Error, OSError, UnicodeError) as error:
-        raise ConfigError("--flagfile", "a readable file of flags", argv[1:], _one_line(error)) from error
+        raise ConfigError("--flagfile", "a readable file of flags", argv[1:], one_line(error)) from error
     _check_config_given(arguments)
     _check_overrides(arguments)
     values = _flag_values([argv[0], *arguments])
@@ -60,19 +58,6 @@ def describe() -> str:
     for path, field in _fields().items():
         lines.append(f"  --config.{path}={field.default}  ({field.metadata['expected']})")
     return "\n".join(lines)
-
-
-def check_workdir(workdir: pathlib.Path) -> None:
-    """Makes the folder of the run; raises ConfigError where nothing can be written to it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            "--workdir", "a folder that can be written", str(workdir), f"{reason}; name another"
-        ) from error
 
 
 def _flag_values(argv: Sequence[str]) -> flags.FlagValues:
@@ -112,11 +97,9 @@ def _check_config_given(arguments: Sequence[str]) -> None:
     path = pathlib.Path(filename.partition(":")[0])
     if filename and not path.is_file():
         folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-        near = difflib.get_close_matches(str(path), map(str, folder.glob("*.py")), n=1)
-        raise ConfigError(
-            "--config", CONFIG_FILE, filename, f"there is no such file; did you mean {near[0]}?" if near else
-            f"there is no such file; for example {EXAMPLE}"
-        )
+        near = _nearest(str(path), sorted(map(str, folder.glob("*.py"))))
+        hint = f"did you mean {near}?" if near else f"for example {EXAMPLE}"
+        raise ConfigError("--config", CONFIG_FILE, filename, f"there is no such file; {hint}")
     if len(given) > 1:
         raise ConfigError("--config", "given once", [arguments[i] for i in given], "name one config file")
     if overrides and overrides[0] < given[0]:
@@ -135,10 +118,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
         if any(name.startswith(f"{path}.") for name in fields):
             remedy = f"override its fields one by one, for example --config.{path}.NAME=VALUE"
             raise ConfigError(path, "a single field", value, remedy)
-        near = difflib.get_close_matches(path, fields, n=1) or [
-            name for name in fields if name.endswith("." + path.rpartition(".")[2])
-        ]
-        remedy = f"did you mean --config.{near[0]}?" if near else "--help lists the fields"
+        near = _nearest(path, fields)
+        remedy = f"did you mean --config.{near}?" if near else "--help lists the fields"
         raise ConfigError(path, "a known field", value, remedy)
 
 
@@ -183,7 +164,7 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> ConfigError:
         return _config_file_error(error, _value_of("config", arguments))
     if match := re.match(r"Missing value for flag (\S+)", str(error)):
         return ConfigError(match[1], "followed by a value", None, f"write {match[1]}=VALUE")
-    return ConfigError("command line", "flags of the form --NAME=VALUE", list(arguments), _one_line(error))
+    return ConfigError("command line", "flags of the form --NAME=VALUE", list(arguments), one_line(error))
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError) -> ConfigError:
@@ -192,10 +173,8 @@ def _unknown_flag(error: flags.UnrecognizedFlagError) -> ConfigError:
         remedy = "only a field that is True or False can be negated"
         return ConfigError(path, "given as --config.FIELD=VALUE", f"--{error.flagname}", remedy)
     names = ["config", "workdir", "help", *(f"config.{name}" for name in _fields())]
-    near = difflib.get_close_matches(error.flagname, names, n=1) or [
-        name for name in names if name.endswith("." + error.flagname.rpartition(".")[2])
-    ]
-    hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+    near = _nearest(error.flagname, names)
+    hint = f"did you mean --{near}?" if near else "--help lists them"
     return ConfigError(f"--{error.flagname}", "a known flag", error.flagvalue, hint)
 
 
@@ -209,9 +188,9 @@ def _config_file_error(error: BaseException, filename: str) -> ConfigError:
     path = filename.partition(":")[0]
     lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == path]
     where = f"line {lines[-1]}: " if lines else ""
-    reason = f"{where}{type(cause).__name__}: {_one_line(cause)}"
+    reason = f"{where}{type(cause).__name__}: {one_line(cause)}"
     if isinstance(cause, KeyError) and not lines:
-        reason = f"its settings lack a field that the command line overrides: {_one_line(cause)}"
+        reason = f"its settings lack a field that the command line overrides: {one_line(cause)}"
     return ConfigError("--config", CONFIG_FILE, filename, reason)
 
 
@@ -228,6 +207,13 @@ def _workdir(given: str | None, experiment: Experiment) -> pathlib.Path:
     return pathlib.Path("runs") / experiment.name
 
 
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one is meant to be: alike, or of the same last part."""
+    known = list(known)
+    same_end = [name for name in known if name.endswith("." + word.rpartition(".")[2])]
+    return next(iter(difflib.get_close_matches(word, known, n=1) or same_end), None)
+
+
 def _value_of(flag: str, arguments: Sequence[str]) -> str:
     """What the command line gives for a flag, as --flag=value or --flag value; the last one counts."""
     value = ""
@@ -238,7 +224,8 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str:
     return value
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error, line breaks and all other runs of white space made single spaces."""
     return " ".join(str(error).split())
 
 
@@ -250,11 +237,3 @@ def _quiet_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def cache_directory() -> pathlib.Path:
-    """Where compiled programs are kept for the next run: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "hax_jax" / "compiled"
-
-

@@ -5,9 +5,9 @@ import math
 import jax
 import pytest
 from flax import nnx
-from tests.configs.rows import ROWS
 
 from hax_jax.models import build_model
+from tests.configs.rows import ROWS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -1,0 +1,76 @@
+"""Trains a model on joint recall and tests the best of it: one row of Table 3, or any other settings.
+
+    python experiments/joint_recall.py --config=configs/mamba2_hax.py
+    python experiments/joint_recall.py --config=configs/mamba2_hax.py:cpu --config.training.num_steps=500
+
+The second is the small form for a machine without a GPU. The run lives in --workdir (default runs/NAME);
+the same command again goes on where it stopped. --help lists every field that can be overridden.
+
+Exit status: 0 finished; 1 the run could not go on; 2 bad input, said in one line; 143 stopped by a signal,
+with everything saved.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+# Works from a checkout that is not installed; the config files import `configs.common`.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from experiments import command_line
+from hax_jax.config import ConfigError
+
+FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 143
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line, program name first, and returns the exit status."""
+    if command_line.HELP_FLAGS.intersection(argv[1:]):
+        print(__doc__, command_line.describe(), sep="\n")
+        return FINISHED
+    try:
+        command = command_line.parse(argv)
+        return run(command)
+    except ConfigError as error:
+        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def run(command: command_line.Command) -> int:
+    """Trains, and prints the test accuracy on the last line."""
+    # Imported here, so that a mistyped command line is answered at once.
+    from hax_jax import training
+
+    _prepare_jax()
+    try:
+        result = training.train(command.experiment, command.workdir)
+    except training.TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    if result.test_accuracy is None:
+        return INTERRUPTED
+    print(f"test accuracy: {100 * result.test_accuracy:.2f}%", flush=True)
+    return FINISHED
+
+
+def _prepare_jax() -> None:
+    """Keeps compiled programs in the user's cache folder, and checks that there is a device at all."""
+    import jax
+
+    # JAX_COMPILATION_CACHE_DIR, where it is set, has been read by jax already.
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = pathlib.Path(base).expanduser() / "hax_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ConfigError(
+            "JAX_PLATFORMS", "a platform that is there", os.environ.get("JAX_PLATFORMS"),
+            command_line.one_line(error),
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
