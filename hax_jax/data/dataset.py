@@ -66,6 +66,7 @@ class Plan:
             )
         # One order, so that the same request is the same claim.
         object.__setattr__(self, "splits", tuple(split for split in SPLITS if split in self.splits))
+        joint_recall.token_dtype(self.config)
         joint_recall.check_enough_items(self.config, sum(self.items_per_pair.values()))
 
     @functools.cached_property

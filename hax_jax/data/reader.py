@@ -44,6 +44,8 @@ class DatasetError(ConfigError):
 
     def __init__(self, directory: pathlib.Path | str, problem: str, remedy: str = ""):
         remedy = remedy or "delete the folder and create the data set again, or name another folder"
+        # Messages of libraries may have several lines.
+        problem = " ".join(problem.split())[:500]
         super().__init__("data.data_dir", "a complete data set", str(directory), f"{problem}; {remedy}")
 
 
@@ -110,7 +112,7 @@ def read_manifest(directory: pathlib.Path | str) -> Manifest:
         raise DatasetError(directory, f"{MANIFEST} is damaged or of another format ({error})") from error
 
 
-def parse_manifest(directory: pathlib.Path, content: Mapping[str, Any]) -> Manifest:
+def parse_manifest(directory: pathlib.Path, content: Any) -> Manifest:
     """Builds a manifest from its JSON content; raises ValueError, KeyError or the like if it is not one."""
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r}, expected {FORMAT!r}")
@@ -236,4 +238,4 @@ class StoredSplit:
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            raise self._damage(str(error).splitlines()[0][:200]) from error
+            raise self._damage(str(error)) from error

@@ -1,5 +1,6 @@
 """The original's text files: one item a line, in decimal numbers; written, or only summed up."""
 
+import contextlib
 import hashlib
 import pathlib
 from typing import Any
@@ -74,15 +75,15 @@ class SplitText:
         names = [text_name(layout.config, split, kind) for kind in KINDS]
         self._files = [TextFile(name, directory / name if directory else None) for name in names]
         self._masks = text_lines(layout.score_masks().astype(np.uint8))
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "SplitText":
         for file in self._files:
-            file.__enter__()
+            self._open.enter_context(file)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        for file in self._files:
-            file.__exit__(kind, error, traceback)
+        self._open.__exit__(kind, error, traceback)
 
     def add(self, items: np.ndarray) -> None:
         """Takes the next sweep, (num_pairs, padded_length)."""
