@@ -1,0 +1,70 @@
+"""The model and state that a run begins with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from hax_jax.config import Experiment
+from hax_jax.training.sharding import replicated
+from hax_jax.training.state import ModelStructure, Purpose, TrainState, make_state, split_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What is known of a run before it starts.
+
+    Attributes:
+      structure: the module without its arrays.
+      shapes: the `TrainState` as shapes and dtypes.
+      make: makes the state on the devices, repeated on each.
+    """
+
+    structure: ModelStructure
+    shapes: TrainState
+    make: Callable[[], TrainState]
+
+
+def prepare(
+    experiment: Experiment,
+    model: nnx.Module | None,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> Beginning:
+    """Finds out the structure of a run's state without making it, since a resumed run reads its own.
+
+    Args:
+      experiment: the run; its `model` says what to build where `model` is None.
+      model: a module to train instead. Its arrays are copied, never changed.
+      optimizer: whose state is part of the run's.
+      mesh: the devices.
+    """
+    if model is None:
+        structure, _, _ = split_model(nnx.eval_shape(lambda: build(experiment)))
+
+        def arrays() -> tuple[dict[str, Any], dict[str, Any]]:
+            return split_model(build(experiment))[1:]
+
+        given: tuple[Any, ...] = ()
+    else:
+        structure, *given_arrays = split_model(model)
+        given = tuple(jax.tree.map(jnp.copy, given_arrays))
+
+    def make(*given):
+        params, buffers = given or arrays()
+        return make_state(params, buffers, optimizer, experiment.seed)
+
+    shapes = jax.eval_shape(make, *given)
+    return Beginning(structure, shapes, lambda: jax.jit(make, out_shardings=replicated(mesh))(*given))
+
+
+def build(experiment: Experiment) -> nnx.Module:
+    """The experiment's model with the initial values of its seed."""
+    from hax_jax.models import build_model
+
+    key = jax.random.fold_in(jax.random.key(experiment.seed), Purpose.INIT)
+    return build_model(experiment.model, rngs=nnx.Rngs(key))

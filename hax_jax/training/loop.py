@@ -1,0 +1,348 @@
+"""One run, from an experiment to its result: the loop that every model of the project is trained by."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any
+
+import flax
+import jax
+from flax import nnx
+
+import hax_jax
+from hax_jax.config import Experiment
+from hax_jax.data import make_split
+from hax_jax.training import initialise
+from hax_jax.training.checkpoints import Checkpoints, check_matches, fill, writer_thread
+from hax_jax.training.errors import CheckpointError, NonFiniteError
+from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_eval_step
+from hax_jax.training.metrics import MetricsWriter, has_tensorboard
+from hax_jax.training.optimizer import make_optimizer
+from hax_jax.training.progress import Console, Progress, duration
+from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated
+from hax_jax.training.signals import StopRequest
+from hax_jax.training.state import Purpose
+from hax_jax.training.step import make_train_step
+from hax_jax.training.workdir import RunFolder, RunResult
+
+# Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
+_KEEP_NEWEST = 3
+_KEEP_BEST = 2
+# The host runs ahead of a device by about this many seconds of steps, and no more steps than this.
+_AHEAD_SECONDS = 0.05
+_AHEAD_STEPS = 16
+# On a CPU the first steps are timed to say what the run will take, if that is longer than this many seconds.
+_STEPS_TIMED = 4
+_LONG = 3600.0
+
+
+def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | None = None) -> RunResult:
+    """Trains a model, or goes on with its training, and tests the best of it once at the end.
+
+    The run lives in `workdir`: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (the newest),
+    `best/` (best by validation accuracy) and `result.json`. Called again after an interruption of any kind
+    it goes on from the newest whole checkpoint and ends with the same bits as a run never interrupted;
+    called again after its end it returns the result.
+
+    Args:
+      experiment: the run.
+      workdir: its folder, new or of this same run.
+      model: any module from tokens (b, t) int32 to logits (b, t, vocab) to train instead of the one that
+        `experiment.model` describes, called as `model(tokens, padding_mask=, key=, train=)`; see
+        `TokenFunction` for plain functions. It stays as it is; `load_model` returns the trained one.
+
+    Returns:
+      How it ended. A signal (SIGTERM, SIGINT) ends it after the step it is in, saved, as 'interrupted'.
+
+    Raises:
+      ConfigError: a setting cannot be used, or `workdir` holds another run. Nothing has been changed.
+      NonFiniteError: the loss or a gradient became infinite or not a number.
+      CheckpointError: the state could not be saved at the end.
+    """
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        folder = stack.enter_context(RunFolder(pathlib.Path(workdir).absolute(), experiment))
+        if (result := folder.result()) is not None:
+            console.line(f"this run has finished before; its result is in {folder.path / 'result.json'}")
+            return result
+        run = _Run(experiment, folder, model, console, stop)
+        stack.callback(run.close)
+        run.resume()
+        # Nothing moves between host and devices from here on but what the loop sends and fetches itself.
+        stack.enter_context(jax.transfer_guard("disallow"))
+        run.train()
+        return run.result()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """The best validation so far."""
+
+    step: int | None = None
+    accuracy: float | None = None
+
+
+class _Run:
+    """The parts of a run, made in the order in which they build on each other, and what steps change."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        model: nnx.Module | None,
+        console: Console,
+        stop: StopRequest,
+    ):
+        self.experiment, self.training = experiment, experiment.training
+        self.folder, self.console, self.stop = folder, console, stop
+
+        # Devices and data first: what can be refused is refused before anything is compiled.
+        self.mesh = make_mesh(self.training)
+        splits = {name: make_split(experiment.data, name) for name in ("train", "valid", "test")}
+        self.accumulation = self.training.grad_accumulation_steps
+        self.batches = splits["train"].iterator(self.training.batch_size * self.accumulation, repeat=True)
+
+        # The model, its optimiser, and one compiled update that takes over the memory of the state it gets.
+        optimizer = make_optimizer(self.training)
+        self.beginning = initialise.prepare(experiment, model, optimizer, self.mesh)
+        structure = self.beginning.structure
+        self.update = jax.jit(
+            make_train_step(structure, splits["train"].materialize, optimizer, self.training),
+            donate_argnums=0,
+            out_shardings=replicated(self.mesh),
+        )
+        eval_step = compiled_eval_step(structure)
+        size = self.training.eval_batch_size
+        self.evaluators = {
+            purpose: Evaluator(structure, splits[name], purpose, experiment.data, size, self.mesh, eval_step)
+            for name, purpose in (("valid", Purpose.VALID), ("test", Purpose.TEST))
+        }
+
+        # Where things are kept.
+        self.writer = writer_thread()
+        say = console.line
+        self.checkpoints = Checkpoints(folder.path / "checkpoints", _KEEP_NEWEST, say, self.writer)
+        self.best_checkpoints = Checkpoints(folder.path / "best", _KEEP_BEST, say, self.writer)
+        self.step = self.last_saved = self.last_valid = 0
+        self.best = _Best()
+        self.unwritten: tuple[int, Any] | None = None
+
+    def resume(self) -> None:
+        """Takes up the newest whole checkpoint, or begins."""
+        restored = self.checkpoints.newest()
+        if restored is None:
+            if self.checkpoints.steps():
+                self.console.line("no checkpoint is whole: beginning anew; the damaged ones go to set_aside/")
+            self.checkpoints.set_aside_after(-1)
+            self.state = self.beginning.make()
+        else:
+            check_matches(restored, self.experiment.to_dict(), self.beginning.shapes, self.checkpoints.folder)
+            self.checkpoints.set_aside_after(restored.step)
+            self.state = fill(self.beginning.shapes, restored.arrays, self._put)
+            self.batches.set_state(restored.meta["data"])
+            self.step = self.last_saved = restored.step
+            self.last_valid, self.best = restored.meta["last_valid"], _Best(**restored.meta["best"])
+            self.console.line(f"going on from step {self.step}, saved in {self.checkpoints.folder}")
+        board = self.training.tensorboard
+        if board and not has_tensorboard():
+            self.console.line("tensorboardX is not installed: the metrics go to metrics.jsonl alone")
+            board = False
+        self.metrics = MetricsWriter(self.folder.path, self.step, self.last_valid, board)
+        if self.metrics.num_torn:
+            self.console.line(f"left out {self.metrics.num_torn} unreadable lines of metrics.jsonl")
+
+    def train(self) -> None:
+        """Steps until the last one or a signal; validates and saves on the way."""
+        training, begin = self.training, self.step
+        positions = training.batch_size * self.accumulation * (self.experiment.data.padded_length - 1)
+        self.progress = Progress(self.console, begin, training.num_steps, positions)
+        ahead: collections.deque[jax.Array] = collections.deque()
+        while True:
+            if self._is_due(training.eval_every_steps) and self.last_valid < self.step and not self.stop:
+                self._validate()
+            if self._is_due(training.checkpoint_every_steps) or self.stop:
+                self._save()
+            if self.stop or self.step == training.num_steps:
+                break
+            metrics = self._take_step()
+            if self.step == begin + 1:
+                self._after_first_step()
+            ahead.append(metrics["bad_step"])
+            while len(ahead) > self._steps_ahead():
+                ahead.popleft().block_until_ready()
+            # Metrics are fetched when the next step is under way, so that the devices never wait for that.
+            self._write_metrics()
+            if self._is_due(training.log_every_steps):
+                self.unwritten = self.step, metrics
+            if self.step == begin + _STEPS_TIMED:
+                self._say_if_long()
+            self.progress.draw(self.step)
+        self.console.bar("")
+
+    def result(self) -> RunResult:
+        """Tests the best checkpoint if the run is over, and says how it ended."""
+        test = None
+        if not self.stop:
+            arrays = self._read_best()
+            self.console.line(f"testing the parameters of step {self.best.step}, the best in validation")
+            test = self._score(Purpose.TEST, arrays["params"], arrays["buffers"])
+        self.metrics.flush()
+        if test is None:
+            self.checkpoints.wait()
+            self.console.line(
+                f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
+            )
+            return RunResult("interrupted", self.step, self.best.step, self.best.accuracy)
+        self.metrics.write(self.step, "test", {"loss": test.loss, "accuracy": test.accuracy})
+        self.metrics.flush()
+        result = RunResult(
+            "finished", self.step, self.best.step, self.best.accuracy, test.accuracy, test.loss, test.table()
+        )
+        self.folder.finish(result)
+        self.console.line(
+            f"finished: test accuracy {100 * test.accuracy:.2f}%, loss {test.loss:.4f}, {self.step} steps"
+        )
+        return result
+
+    def close(self) -> None:
+        """Lets what is being written get done, and closes everything."""
+        self.writer.shutdown()
+        self.checkpoints.close()
+        self.best_checkpoints.close()
+        if hasattr(self, "metrics"):
+            self.metrics.close()
+
+    def _is_due(self, every: int) -> bool:
+        return self.step > 0 and (self.step % every == 0 or self.step == self.training.num_steps)
+
+    def _take_step(self) -> dict[str, jax.Array]:
+        raw = next(self.batches)
+        raw = jax.tree.map(lambda x: x.reshape(self.accumulation, -1, *x.shape[1:]), raw)
+        self.state, metrics = self.update(self.state, put_batch(self.mesh, raw, axis=1))
+        self.step += 1
+        return metrics
+
+    def _after_first_step(self) -> None:
+        jax.block_until_ready(self.state.step)
+        seconds = self.progress.started(self.step)
+        # From here on there is something to lose.
+        self.folder.claim()
+        devices = self.mesh.devices.flat
+        self.console.line(
+            f"first step done after {duration(seconds)}, compilation included, on {self.mesh.size} "
+            f"{devices[0].device_kind} device{'s' if self.mesh.size > 1 else ''}"
+        )
+
+    def _steps_ahead(self) -> int:
+        """How many steps may be under way when the host goes on to the next."""
+        if self._on_cpu():
+            # Several programs at once on simulated devices can wait for each other for ever.
+            return 1 if self.mesh.size == 1 else 0
+        seconds = self.progress.seconds_per_step
+        return min(max(math.ceil(_AHEAD_SECONDS / seconds), 1), _AHEAD_STEPS) if seconds else 1
+
+    def _on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def _say_if_long(self) -> None:
+        seconds = self.progress.seconds_left(self.step)
+        if self._on_cpu() and seconds > _LONG:
+            self.console.line(
+                f"on this CPU the run would take about {duration(seconds)}; the configs have a small form "
+                "for machines without a GPU: add :cpu to the name of the file given to --config"
+            )
+
+    def _write_metrics(self) -> None:
+        """Fetches and writes the metrics of the last log step, if that has not been done."""
+        if self.unwritten is None:
+            return
+        (step, metrics), self.unwritten = self.unwritten, None
+        values = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        self._check_finite(values.pop("bad_step"))
+        self.metrics.write(step, "train", {**values, **self.progress.log(step, values)})
+
+    def _validate(self) -> None:
+        begin = time.perf_counter()
+        self._write_metrics()
+        self._check_finite(int(jax.device_get(self.state.bad_step)))
+        scores = self._score(Purpose.VALID, self.state.params, self.state.buffers)
+        if scores is None:
+            return
+        seconds = time.perf_counter() - begin
+        self.progress.pause(seconds)
+        self.last_valid = self.step
+        is_best = self.best.accuracy is None or scores.accuracy > self.best.accuracy
+        self.metrics.write(
+            self.step, "valid", {"loss": scores.loss, "accuracy": scores.accuracy, "seconds": seconds}
+        )
+        self.console.line(
+            f"step {self.step}/{self.training.num_steps}  validation loss {scores.loss:.4f}  "
+            f"accuracy {100 * scores.accuracy:.2f}%{'  best so far' if is_best else ''}  ({seconds:.3g} s)"
+        )
+        if is_best:
+            self.best = _Best(self.step, scores.accuracy)
+            arrays = {"params": self.state.params, "buffers": self.state.buffers}
+            self.best_checkpoints.save(self.step, arrays, self._meta())
+
+    def _score(self, purpose: Purpose, params: Any, buffers: Any) -> EvalResult | None:
+        return self.evaluators[purpose](params, buffers, self.state.key, stop=lambda: bool(self.stop))
+
+    def _save(self) -> None:
+        if self.step == self.last_saved:
+            return
+        begin = time.perf_counter()
+        self._write_metrics()
+        self._check_finite(int(jax.device_get(self.state.bad_step)))
+        self.metrics.flush()
+        self.checkpoints.save(self.step, self.state, self._meta() | {"data": self.batches.get_state()})
+        self.last_saved = self.step
+        self.progress.pause(time.perf_counter() - begin)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "experiment": self.experiment.to_dict(),
+            "best": dataclasses.asdict(self.best),
+            "last_valid": self.last_valid,
+            "versions": {"hax_jax": hax_jax.__version__, "jax": jax.__version__, "flax": flax.__version__},
+        }
+
+    def _check_finite(self, bad_step: int) -> None:
+        if bad_step < 0:
+            return
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        training, precision = self.training, self.experiment.model.precision
+        raise NonFiniteError(
+            f"The loss or its gradient was infinite or not a number at step {bad_step}; the update was "
+            f"refused and {kept} in {self.checkpoints.folder}. Things to try, in a new workdir: a lower "
+            f"training.learning_rate (now {training.learning_rate:g}), a longer training.warmup_steps (now "
+            f"{training.warmup_steps}), model.precision='float32' (now {precision!r})."
+        )
+
+    def _read_best(self) -> dict[str, Any]:
+        """The arrays of the best checkpoint, or of the next best if that one is damaged."""
+        try:
+            self.best_checkpoints.wait()
+            restored = self.best_checkpoints.read(self.best.step)
+        except CheckpointError as error:
+            self.console.line(f"{error}; testing the one before it")
+            restored = self.best_checkpoints.newest(at_most=self.best.step - 1)
+            if restored is None:
+                raise CheckpointError(
+                    f"No checkpoint in {self.best_checkpoints.folder} is whole, so there is nothing to test. "
+                    f"The last state of the training is in {self.checkpoints.folder}: "
+                    "`experiments/evaluate.py WORKDIR --checkpoint=latest` scores it."
+                ) from error
+            self.best = _Best(**restored.meta["best"])
+        like = {"params": self.beginning.shapes.params, "buffers": self.beginning.shapes.buffers}
+        check_matches(restored, self.experiment.to_dict(), like, self.best_checkpoints.folder)
+        return fill(like, restored.arrays, self._put)
+
+    def _put(self, arrays: Any) -> Any:
+        return put_replicated(self.mesh, arrays)

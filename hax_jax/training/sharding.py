@@ -1,0 +1,55 @@
+"""Data parallelism: a mesh over all devices, batches split over it, the state repeated on each."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hax_jax.config import ConfigError, TrainingConfig
+
+
+def make_mesh(training: TrainingConfig) -> Mesh:
+    """A mesh of all devices with the one axis 'data', on which both batch sizes divide evenly.
+
+    Raises:
+      ConfigError: a batch size is not a multiple of the number of devices.
+    """
+    devices = jax.devices()
+    for field in ("batch_size", "eval_batch_size"):
+        size = getattr(training, field)
+        if size % len(devices):
+            nearest = max(round(size / len(devices)), 1) * len(devices)
+            raise ConfigError(
+                f"training.{field}", f"a multiple of the {len(devices)} devices", size,
+                f"use {nearest}, or show fewer devices to the run (CUDA_VISIBLE_DEVICES)",
+            )
+    # With the axis type Auto the compiler splits the work; results do not depend on the number of devices
+    # beyond rounding, random numbers included.
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(mesh: Mesh, raw: Any, axis: int = 0) -> Any:
+    """Sends a raw batch to the devices, split along `axis`.
+
+    Every process passes the same whole batch (raw batches are a few bytes an item) and keeps its own rows.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    if jax.process_count() == 1:
+        return jax.device_put(raw, sharding)
+    put = lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape)  # noqa: E731
+    return jax.tree.map(put, raw)
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    """Sends a tree of host arrays whole to every device."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    put = lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape)  # noqa: E731
+    return jax.tree.map(put, tree)

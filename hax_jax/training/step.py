@@ -1,0 +1,182 @@
+"""One training step and one evaluation step, as pure functions to be compiled."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from hax_jax.config import TrainingConfig
+from hax_jax.data.batch import Batch
+from hax_jax.training.adapter import logits_and_gate_loss
+from hax_jax.training.optimizer import learning_rate_schedule
+from hax_jax.training.state import SUMMED, ModelStructure, Purpose, TrainState, buffers_of
+
+Sums = dict[str, Any]
+
+
+def token_losses(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, "b t"]:
+    """Cross-entropy, -log softmax(logits)[target] in nats, at scored positions; 0 elsewhere."""
+    chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.where(_scored(batch), losses, 0.0)
+
+
+def sequence_accuracy(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, " b"]:
+    """Share of a sequence's scored positions whose most probable token is the target; 0 for filler rows."""
+    scored = _scored(batch)
+    right = scored & (jnp.argmax(logits, axis=-1) == batch.targets)
+    return right.sum(-1, dtype=jnp.float32) / jnp.maximum(scored.sum(-1, dtype=jnp.float32), 1.0)
+
+
+def make_train_step(
+    structure: ModelStructure,
+    materialize: Callable[[Any], Batch],
+    optimizer: optax.GradientTransformation,
+    training: TrainingConfig,
+) -> Callable[[TrainState, Any], tuple[TrainState, Sums]]:
+    """The update of a run: train_step(state, raw) -> (state, metrics).
+
+    loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss. `raw` has
+    leading axes (grad_accumulation_steps, batch_size); the losses of its batches are joined so that the
+    gradient is that of one batch of all their rows. An update whose loss or gradient is not finite is
+    refused: the state stays as it is for good, with `bad_step` set.
+
+    Metrics are means since the last log step, which the state carries, so that a resumed run logs the same
+    numbers: `loss` is the cross-entropy alone, `gate_loss` the unweighted gate loss, `tokens` the tokens of
+    an update that are not padding. `learning_rate` is that of this update.
+
+    Args:
+      structure: the module without its arrays.
+      materialize: from a raw batch to a `Batch`, traced inside the step.
+      optimizer: from gradients to updates.
+      training: the other settings.
+
+    Returns:
+      A pure function, to be compiled with its first argument donated. It may be called in a `lax.scan`.
+    """
+    schedule = learning_rate_schedule(training)
+
+    def objective(params, buffers, batch, key, num_scored):
+        model = structure.merge(params, buffers)
+        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=True)
+        logits, gate_loss = logits_and_gate_loss(output)
+        parts = {
+            "loss": token_losses(logits, batch).sum() / num_scored,
+            "gate_loss": gate_loss / training.grad_accumulation_steps,
+            "accuracy": _mean_accuracy(logits, batch) / training.grad_accumulation_steps,
+            "tokens": jnp.sum(batch.padding_mask, dtype=jnp.float32),
+        }
+        return parts["loss"] + training.gate_loss_weight * parts["gate_loss"], (parts, buffers_of(model))
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def train_step(state, raw):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.TRAIN), state.step)
+        if training.grad_accumulation_steps == 1:
+            batch = materialize(jax.tree.map(lambda x: x[0], raw))
+            grads, (parts, buffers) = gradient(
+                state.params, state.buffers, batch, jax.random.fold_in(key, 0), _num_scored(batch)
+            )
+        else:
+            grads, parts, buffers = _accumulate(gradient, materialize, state, raw, key)
+        parts |= {"grad_norm": optax.global_norm(grads), "steps": jnp.float32(1.0)}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        starts = state.step % training.log_every_steps == 0
+        parts = {name: x.astype(jnp.float32) for name, x in parts.items()}
+        sums = {name: jnp.where(starts, 0.0, state.sums[name]) + parts[name] for name in SUMMED}
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            buffers=buffers,
+            opt_state=opt_state,
+            sums=sums,
+        )
+        finite = jnp.isfinite(parts["loss"] + parts["gate_loss"] + parts["grad_norm"])
+        new = _refuse_unless(finite & (state.bad_step < 0), new, state)
+        metrics = {name: sums[name] / sums["steps"] for name in SUMMED if name != "steps"}
+        metrics |= {"learning_rate": schedule(state.step), "bad_step": new.bad_step}
+        return new, metrics
+
+    return train_step
+
+
+def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
+    """The scoring of a batch: eval_step(params, buffers, key, batch, totals) -> totals with the batch added.
+
+    The totals stay on the device: `loss` (summed over scored positions), `num_scored`, and by n_context and
+    n_key, (max_n_context + 1, max_n_key + 1) each, `accuracy` (summed over sequences) and `num_items`.
+    Filler rows add nothing.
+    """
+
+    def eval_step(params, buffers, key, batch, totals):
+        model = structure.merge(params, buffers)
+        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=False)
+        logits, _ = logits_and_gate_loss(output)
+        rows, columns = totals["num_items"].shape
+        # Matmuls of 0/1 matrices, for sums in a fixed order; a scatter would add in any order on a GPU.
+        by_context = jax.nn.one_hot(batch.n_context, rows, dtype=jnp.float32)
+        by_key = jax.nn.one_hot(batch.n_key, columns, dtype=jnp.float32)
+
+        def table(values):
+            return jnp.einsum("bc,b,bk->ck", by_context, values, by_key, precision=jax.lax.Precision.HIGHEST)
+
+        return {
+            "loss": totals["loss"] + token_losses(logits, batch).sum(),
+            "num_scored": totals["num_scored"] + _scored(batch).sum(dtype=jnp.float32),
+            "accuracy": totals["accuracy"] + table(sequence_accuracy(logits, batch)),
+            "num_items": totals["num_items"] + table((batch.item_weight > 0).astype(jnp.float32)),
+        }
+
+    return eval_step
+
+
+def _accumulate(gradient, materialize, state, raw, key):
+    """Sums gradients and metrics over the leading axis of `raw`, one batch after the other."""
+    num_scored = jax.lax.map(lambda one: _num_scored(materialize(one), least=0.0), raw).sum()
+    num_scored = jnp.maximum(num_scored, 1.0)
+
+    def of_batch(buffers, index, one):
+        batch_key = jax.random.fold_in(key, index)
+        grads, (parts, buffers) = gradient(state.params, buffers, materialize(one), batch_key, num_scored)
+        return _at_least_float32(grads), parts, buffers
+
+    def add(carry, inputs):
+        grads, parts, buffers = of_batch(carry[-1], *inputs)
+        return (*jax.tree.map(jnp.add, carry[:-1], (grads, parts)), buffers), None
+
+    indices = jnp.arange(jax.tree.leaves(raw)[0].shape[0])
+    first = jax.tree.map(lambda x: x[0], (indices, raw))
+    shapes = jax.eval_shape(of_batch, state.buffers, *first)[:-1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, (*zeros, state.buffers), (indices, raw))
+    return total
+
+
+def _at_least_float32(tree):
+    """Sums of many gradients are kept in float32 even where the gradients are bfloat16."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _refuse_unless(accepted, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where `accepted`, else `old` with the step that was refused, the first one."""
+    kept = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
+    bad_step = jnp.where(accepted | (old.bad_step >= 0), old.bad_step, old.step)
+    return dataclasses.replace(kept, bad_step=bad_step)
+
+
+def _scored(batch: Batch):
+    return batch.score_mask & (batch.item_weight > 0)[:, None]
+
+
+def _num_scored(batch: Batch, least: float = 1.0):
+    return jnp.maximum(_scored(batch).sum(dtype=jnp.float32), least)
+
+
+def _mean_accuracy(logits, batch: Batch):
+    items = jnp.maximum((batch.item_weight > 0).sum(dtype=jnp.float32), 1.0)
+    return sequence_accuracy(logits, batch).sum() / items

@@ -1,0 +1,173 @@
+"""The folder of a run: one run at a time, one configuration for good, and its result."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from hax_jax.config import ConfigError, Experiment
+from hax_jax.training.files import write_json
+
+# Raised when an older program could no longer go on with, or read, what is stored in a workdir.
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+      stopped: 'finished', or 'interrupted' by a signal after saving.
+      steps: updates made.
+      best_step: the step of the best validation accuracy, whose checkpoint is tested; None before any.
+      best_valid_accuracy: that accuracy, in [0, 1].
+      test_accuracy: accuracy on the test split in [0, 1]; None unless finished.
+      test_loss: cross-entropy on the test split in nats per scored position.
+      test_by_size: the test split by table size: `n_context`, `n_key` (lists of sizes), `accuracy` (a row a
+        context count, a column a key count) and `num_items`.
+    """
+
+    stopped: str
+    steps: int
+    best_step: int | None = None
+    best_valid_accuracy: float | None = None
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    test_by_size: dict[str, Any] | None = None
+
+
+class RunFolder:
+    """A run's folder, held against other runs within a `with` block.
+
+    Args:
+      path: the folder; made if missing.
+      experiment: the run that wants it.
+
+    Raises (on entering):
+      ConfigError: the path is no folder that can be written, another run is using it, or it holds a run of
+        other settings; nothing in it has been changed then.
+    """
+
+    def __init__(self, path: pathlib.Path, experiment: Experiment):
+        self.path, self._experiment = path, experiment
+        self._is_primary = jax.process_index() == 0
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._is_primary:
+                self._lock()
+        except OSError as error:
+            raise ConfigError(
+                "workdir", "a folder that can be written", str(self.path), f"{error.strerror}; choose another"
+            ) from error
+        try:
+            self._check()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_primary:
+            # Closing releases the lock, and so does the end of the process, however it ends.
+            os.close(self._descriptor)
+
+    def claim(self) -> None:
+        """Writes `config.json`, which from then on refuses other settings."""
+        path = self.path / "config.json"
+        if self._is_primary and not path.exists():
+            write_json(path, {"format_version": FORMAT_VERSION, "experiment": self._experiment.to_dict()})
+
+    def finish(self, result: RunResult) -> None:
+        """Writes `result.json`; started again, the run only reports it."""
+        if self._is_primary:
+            write_json(self.path / "result.json", dataclasses.asdict(result))
+
+    def result(self) -> RunResult | None:
+        """The result of a finished run."""
+        path = self.path / "result.json"
+        if not path.exists():
+            return None
+        try:
+            return RunResult(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                "workdir", "a folder whose result.json is readable", str(self.path),
+                f"delete that file and run again to test the best checkpoint anew ({error})",
+            ) from error
+
+    def _lock(self) -> None:
+        import fcntl
+
+        self._descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise ConfigError(
+                "workdir", "a folder that no other run is using", str(self.path),
+                f"process {holder} is training in it; wait for it, end it, or choose another folder",
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+    def _check(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            if any((self.path / name).exists() for name in ("checkpoints", "best", "result.json")):
+                raise ConfigError(
+                    "workdir", "a new folder, or one of this run", str(self.path),
+                    "it has checkpoints or a result but no config.json to tell which run they are of",
+                )
+            return
+        differences = config_differences(read_config(self.path), self._experiment.to_dict())
+        if differences:
+            raise ConfigError(
+                "workdir", "a new folder, or one of this same run", str(self.path),
+                f"it holds a run with {differences}; choose another folder",
+            )
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The settings in a run's `config.json`, as nested dicts.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read or is of another format version.
+    """
+    path = workdir / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            "workdir", "the folder of a run", str(workdir), "it has no config.json; give the folder of a run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "workdir", "a folder whose config.json is readable", str(workdir),
+            f"{error}; choose another folder",
+        ) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION or not isinstance(content.get("experiment"), dict):
+        raise ConfigError(
+            "workdir", f"a folder of format version {FORMAT_VERSION}", str(workdir),
+            f"its config.json has format version {version!r}; choose another folder",
+        )
+    return content["experiment"]
+
+
+def config_differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """The fields in which stored settings differ from those of the run, in words; empty if none."""
+    parts = []
+    for name in dict.fromkeys((*there, *here)):
+        old, new = there.get(name, "nothing"), here.get(name, "nothing")
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(config_differences(old, new, f"{prefix}{name}."))
+        # 1 and 1.0 are the same setting, 1 and True are not.
+        elif old != new or isinstance(old, bool) != isinstance(new, bool):
+            parts.append(f"{prefix}{name}={old!r} (here {new!r})")
+    return ", ".join(part for part in parts if part)
