@@ -20,21 +20,24 @@ def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
     block_q = min(BLOCK_Q, length)
     ids = segments.as_array(segment_ids, (batch, length))
     columns = jnp.arange(length, dtype=jnp.int32)
-    fallback = v.mean(axis=1, dtype=jnp.float32 if v.dtype != jnp.float64 else v.dtype)[:, None]
 
     @jax.checkpoint
     def tile(inputs):
         q_tile, rows = inputs
         # The last tile may reach past the end: such rows repeat the last one and are cut off below.
         rows = jnp.minimum(rows, length - 1)
-        mask = key_set.tile(rows, columns) & (ids[:, rows][:, :, None] == ids[:, None, :])
-        scores = jnp.where(mask[:, None], scale * einsum("bthn,bshn->bhts", q_tile, k), -jnp.inf)
-        seen = mask.any(-1)[:, None, :, None]
+        mask = (key_set.tile(rows, columns) & (ids[:, rows][:, :, None] == ids[:, None, :]))[:, None]
+        scores = scale * einsum("bthn,bshn->bhts", q_tile, k)
+        seen = mask.any(-1, keepdims=True)
+        if uniform_empty_rows:
+            # As in the reference: equal weights, and a gradient as if nothing were hidden.
+            scores = jnp.where(seen, scores, scores - lax.stop_gradient(scores))
+            mask, seen = mask | ~seen, True
+        scores = jnp.where(mask, scores, -jnp.inf)
         highest = lax.stop_gradient(jnp.where(seen, scores.max(-1, keepdims=True), 0))
         weights = jnp.exp(scores - highest)
         total = jnp.where(seen, weights.sum(-1, keepdims=True), 1)
-        out = einsum("bhts,bshe->bthe", weights.astype(v.dtype), v) / jnp.moveaxis(total, 1, 2)
-        return jnp.where(jnp.moveaxis(seen, 1, 2), out, fallback) if uniform_empty_rows else out
+        return einsum("bhts,bshe->bthe", weights.astype(v.dtype), v) / jnp.moveaxis(total, 1, 2)
 
     tiles = pad_time(q, block_q).reshape(batch, -1, block_q, *q.shape[2:])
     rows = jnp.arange(tiles.shape[1] * block_q, dtype=jnp.int32).reshape(-1, block_q)
