@@ -92,7 +92,7 @@ def _compare_text(path: pathlib.Path, text: SplitText, files: Mapping[str, Any])
 def _load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every array of the file, checked to be whole numbers, and its description."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         meta = json.loads(str(arrays.pop("meta_json")))
     except FileNotFoundError as error:
