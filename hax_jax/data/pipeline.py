@@ -136,7 +136,8 @@ class _StreamItems(Split):
             )
 
     def materialize(self, raw: RawBatch) -> Batch:
-        return _batch(stream.make_items(raw["index"], self.split, self.config), raw, self.config)
+        index = jnp.asarray(raw["index"])
+        return _batch(stream.make_items(index, self.split, self.config), raw, self.config)
 
     def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -121,6 +121,8 @@ def parse_manifest(directory: pathlib.Path, content: Any) -> Manifest:
     counts = manifest.settings["items_per_pair"]
     if set(counts) != set(SPLITS) or any(type(count) is not int or count < 1 for count in counts.values()):
         raise ValueError("items_per_pair is not a positive number for each split")
+    if counts["valid"] != counts["test"]:
+        raise ValueError("items_per_pair differs between validation and test")
     for split, shards in splits.items():
         if any(kind not in content["text"][split] for kind in ("inputs", "mask")):
             raise ValueError(f"the text form of {split!r} is not described")

@@ -353,6 +353,7 @@ def test_a_damaged_or_foreign_manifest_is_one_clear_error(copy):
         changed(settings={**good["settings"], "items_per_pair": {"train": 4, "valid": 2, "test": 2}}),
         changed(splits={**good["splits"], "train": [outside]}),
         changed(splits={**good["splits"], "other": []}),
+        changed(settings={**good["settings"], "items_per_pair": {"train": 3, "valid": 2, "test": 1}}),
         changed(text={}),
     ):
         path.write_text(text)

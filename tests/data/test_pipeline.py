@@ -212,3 +212,11 @@ def test_a_wider_vocabulary_gives_the_same_batches(tmp_path):
     published.sweeps(3)
     items = published.layout.pad(published.sweeps(2)).reshape(2, -1)
     np.testing.assert_array_equal(batches(split, 2, repeat=False)[0].tokens, items[:, :-1])
+
+
+def test_materialize_needs_no_jit(config):
+    split = make_split(config, "train")
+    raw = next(split.iterator(2, repeat=True))
+    jitted = batches(split, 2, 1, repeat=True)[0]
+    for eager, traced in zip(jax.tree.leaves(split.materialize(raw)), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(eager, traced)
