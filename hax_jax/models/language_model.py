@@ -57,6 +57,7 @@ class Block(nnx.Module):
         norm = {"eps": config.norm_eps, "precision": Precision.named(config.precision)}
         self.norm = RMSNorm(config.hidden_size, **norm)
         self.mixer = _make_mixer(config, index, rngs)
+        self.arch, self.routing = config.arch, config.routing
         self.has_mlp = config.arch == "samba"
         if self.has_mlp:
             self.mlp_norm = RMSNorm(config.hidden_size, **norm)
@@ -70,7 +71,7 @@ class Block(nnx.Module):
             mixed = self.mixer(self.norm(x), sequence)
         else:
             mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train)
-        x = x + mixed
+        x = RULES[self.routing].residual(x, self.arch) + mixed
         if self.has_mlp:
             x = x + self.mlp(self.mlp_norm(x))
         return x, LayerOutput(mixed, branch)

@@ -1,4 +1,4 @@
-"""How the vectors that choose keys are prepared: two rules with the same functions.
+"""How keys are chosen, pads treated and blocks added up: two rules with the same functions.
 
 `causal` is the project's: nothing of the future, a fixed projection, pads without effect. `parity` is the
 original's, faults included, and the only place where those faults live.

@@ -5,6 +5,8 @@
 3. A query that sees no key attends uniformly to all positions, later ones and pads too.
 4. mamba2 leaves out all masking of pads where the batch has one row.
 5. The gate loss counts pads: as queries (each adds 0.5), and as sampled keys where real ones run out.
+6. mamba2 rounds the residual stream to float32 before each addition, also where all else is float64; in
+   bfloat16 the stream is therefore wider than what is added to it.
 """
 
 import jax.numpy as jnp
@@ -52,3 +54,8 @@ def counts_for_gate_loss(sequence: Sequence, shape: tuple[int, int]) -> Bool[Arr
     """All positions count, pads included."""
     del sequence, shape
     return None
+
+
+def residual(x: Float[Array, "b t d"], arch: str) -> Float[Array, "b t d"]:
+    """The residual stream as a block adds to it: in mamba2 always float32."""
+    return x.astype(jnp.float32) if arch == "mamba2" else x
