@@ -173,9 +173,11 @@ class Checkpoints:
 
     def _manager(self) -> ocp.CheckpointManager:
         if self._lazy_manager is None:
+            writes = self._writer is not None
             options = ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
+                create=writes,
+                # What a run that was killed left half-written; a reader must not touch a running one's.
+                cleanup_tmp_directories=writes,
                 enable_async_checkpointing=False,
                 save_root_metadata=False,
             )

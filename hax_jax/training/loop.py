@@ -52,7 +52,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
       workdir: its folder, new or of this same run.
       model: any module from tokens (b, t) int32 to logits (b, t, vocab) to train instead of the one that
         `experiment.model` describes, called as `model(tokens, padding_mask=, key=, train=)`; see
-        `TokenFunction` for plain functions. It stays as it is; `load_model` returns the trained one.
+        `TokenFunction` for plain functions. It stays as it is; `load` returns the trained one.
 
     Returns:
       How it ended. A signal (SIGTERM, SIGINT) ends it after the step it is in, saved, as 'interrupted'.
@@ -65,7 +65,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
     console = Console()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        folder = stack.enter_context(RunFolder(pathlib.Path(workdir).absolute(), experiment))
+        module = None if model is None else type(model).__qualname__
+        folder = stack.enter_context(RunFolder(pathlib.Path(workdir).absolute(), experiment, module))
         if (result := folder.result()) is not None:
             console.line(f"this run has finished before; its result is in {folder.path / 'result.json'}")
             return result
@@ -101,7 +102,8 @@ class _Run:
         self.folder, self.console, self.stop = folder, console, stop
 
         # Devices and data first: what can be refused is refused before anything is compiled.
-        self.mesh = make_mesh(self.training)
+        size = self.training.eval_batch_size
+        self.mesh = make_mesh(batch_size=self.training.batch_size, eval_batch_size=size)
         splits = {name: make_split(experiment.data, name) for name in ("train", "valid", "test")}
         self.accumulation = self.training.grad_accumulation_steps
         self.batches = splits["train"].iterator(self.training.batch_size * self.accumulation, repeat=True)
@@ -116,7 +118,6 @@ class _Run:
             out_shardings=replicated(self.mesh),
         )
         eval_step = compiled_eval_step(structure)
-        size = self.training.eval_batch_size
         self.evaluators = {
             purpose: Evaluator(structure, splits[name], purpose, experiment.data, size, self.mesh, eval_step)
             for name, purpose in (("valid", Purpose.VALID), ("test", Purpose.TEST))

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hax_jax.config import TrainingConfig
 
 
 class AdamWState(NamedTuple):
-    """Updates made so far, and the running means of the gradient and of its square."""
+    """Updates made so far, () int32, and the running means of the gradient and of its square."""
 
-    count: Int[Array, ""]
+    count: Any
     mu: Any
     nu: Any
 
@@ -94,7 +94,8 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
             m_new = rounded(m + (1.0 - b1) * (g - m))
             v_new = rounded(rounded(b2 * v) + (1.0 - b2) * g * g)
             root = rounded(rounded(jnp.sqrt(v_new)) / jnp.sqrt(correction2))
-            decayed = rounded(p * (1.0 - rate * training.weight_decay))
+            # Not p * (1 - rate * decay): that factor's own rounding would add up over the steps.
+            decayed = rounded(p - rate * training.weight_decay * p)
             p_new = rounded(decayed - rate / correction1 * (m_new / rounded(root + eps)))
             return p_new - p, m_new, v_new
 

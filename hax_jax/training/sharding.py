@@ -6,18 +6,20 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hax_jax.config import ConfigError, TrainingConfig
+from hax_jax.config import ConfigError
 
 
-def make_mesh(training: TrainingConfig) -> Mesh:
-    """A mesh of all devices with the one axis 'data', on which both batch sizes divide evenly.
+def make_mesh(**batch_sizes: int) -> Mesh:
+    """A mesh of all devices with the one axis 'data'.
+
+    Args:
+      batch_sizes: settings of `TrainingConfig` that have to divide evenly over the devices.
 
     Raises:
-      ConfigError: a batch size is not a multiple of the number of devices.
+      ConfigError: one does not.
     """
     devices = jax.devices()
-    for field in ("batch_size", "eval_batch_size"):
-        size = getattr(training, field)
+    for field, size in batch_sizes.items():
         if size % len(devices):
             nearest = max(round(size / len(devices)), 1) * len(devices)
             raise ConfigError(

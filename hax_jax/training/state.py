@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int, Key
 
 # Metrics that are summed on the device from one log step to the next.
 SUMMED = ("loss", "gate_loss", "accuracy", "grad_norm", "tokens", "steps")
@@ -41,13 +40,14 @@ class TrainState:
       bad_step: () int32, -1, or the step whose loss or gradient was not finite. Once set nothing changes.
     """
 
-    step: Int[Array, ""]
+    # As every pytree it also holds shapes, dtypes or shardings in place of the arrays.
+    step: Any
     params: dict[str, Any]
     buffers: dict[str, Any]
     opt_state: Any
-    key: Key[Array, ""]
+    key: Any
     sums: dict[str, Any]
-    bad_step: Int[Array, ""]
+    bad_step: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_state(
     )
 
 
-def _by_name(state: nnx.State) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+def _by_name(state: Any) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
     names = tuple(_name(path) for path, _ in leaves)
     return names, treedef, dict(zip(names, (leaf for _, leaf in leaves), strict=True))

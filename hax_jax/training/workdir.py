@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from hax_jax.training.files import write_json
 
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
 FORMAT_VERSION = 1
+# A message names no more differences than this.
+_MOST_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,18 @@ class RunFolder:
     Args:
       path: the folder; made if missing.
       experiment: the run that wants it.
+      module: the class of the module that is trained, where it was passed to `train`.
 
     Raises (on entering):
       ConfigError: the path is no folder that can be written, another run is using it, or it holds a run of
         other settings; nothing in it has been changed then.
     """
 
-    def __init__(self, path: pathlib.Path, experiment: Experiment):
-        self.path, self._experiment = path, experiment
+    def __init__(self, path: pathlib.Path, experiment: Experiment, module: str | None = None):
+        self.path = path
+        self._config = {
+            "format_version": FORMAT_VERSION, "module": module, "experiment": experiment.to_dict()
+        }
         self._is_primary = jax.process_index() == 0
 
     def __enter__(self) -> "RunFolder":
@@ -80,7 +87,7 @@ class RunFolder:
         """Writes `config.json`, which from then on refuses other settings."""
         path = self.path / "config.json"
         if self._is_primary and not path.exists():
-            write_json(path, {"format_version": FORMAT_VERSION, "experiment": self._experiment.to_dict()})
+            write_json(path, self._config)
 
     def finish(self, result: RunResult) -> None:
         """Writes `result.json`; started again, the run only reports it."""
@@ -119,13 +126,18 @@ class RunFolder:
     def _check(self) -> None:
         path = self.path / "config.json"
         if not path.exists():
-            if any((self.path / name).exists() for name in ("checkpoints", "best", "result.json")):
+            # Empty folders are made before config.json.
+            if any(any(self.path.glob(name)) for name in ("checkpoints/*", "best/*", "result.json")):
                 raise ConfigError(
                     "workdir", "a new folder, or one of this run", str(self.path),
                     "it has checkpoints or a result but no config.json to tell which run they are of",
                 )
             return
-        differences = config_differences(read_config(self.path), self._experiment.to_dict())
+        stored = read_config(self.path)
+        differences = config_differences(
+            {"module": stored.get("module"), **stored["experiment"]},
+            {"module": self._config["module"], **self._config["experiment"]},
+        )
         if differences:
             raise ConfigError(
                 "workdir", "a new folder, or one of this same run", str(self.path),
@@ -134,7 +146,7 @@ class RunFolder:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The settings in a run's `config.json`, as nested dicts.
+    """A run's `config.json`: `experiment`, the settings as nested dicts, and `module` (see `RunFolder`).
 
     Raises:
       ConfigError: there is none, or it cannot be read or is of another format version.
@@ -157,17 +169,25 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
             "workdir", f"a folder of format version {FORMAT_VERSION}", str(workdir),
             f"its config.json has format version {version!r}; choose another folder",
         )
-    return content["experiment"]
+    return content
 
 
-def config_differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    """The fields in which stored settings differ from those of the run, in words; empty if none."""
-    parts = []
-    for name in dict.fromkeys((*there, *here)):
-        old, new = there.get(name, "nothing"), here.get(name, "nothing")
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts.append(config_differences(old, new, f"{prefix}{name}."))
+def config_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The fields in which what is stored differs from what is wanted, in words; empty if none."""
+    parts = list(_differences(there, here, ""))
+    more = f" and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
+    return ", ".join(parts[:_MOST_NAMED]) + more
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name in dict.fromkeys((*here, *there)):
+        old, new = there.get(name), here.get(name)
+        if name not in there:
+            yield f"no {prefix}{name} (here {new!r})"
+        elif name not in here:
+            yield f"{prefix}{name}={old!r} (here none)"
+        elif isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
         # 1 and 1.0 are the same setting, 1 and True are not.
         elif old != new or isinstance(old, bool) != isinstance(new, bool):
-            parts.append(f"{prefix}{name}={old!r} (here {new!r})")
-    return ", ".join(part for part in parts if part)
+            yield f"{prefix}{name}={old!r} (here {new!r})"

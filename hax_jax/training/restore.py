@@ -1,0 +1,110 @@
+"""A trained model out of a run's folder, and its scores on any split."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hax_jax.config import ConfigError, DataConfig, Experiment
+from hax_jax.data import make_split
+from hax_jax.training.checkpoints import Checkpoints, check_matches, fill
+from hax_jax.training.errors import CheckpointError
+from hax_jax.training.evaluate import EvalResult, Evaluator
+from hax_jax.training.initialise import build
+from hax_jax.training.relabel import RelabeledSplit, check_fits
+from hax_jax.training.sharding import make_mesh, put_replicated
+from hax_jax.training.state import ModelStructure, Purpose, split_model
+from hax_jax.training.workdir import read_config
+
+FOLDERS = {"best": "best", "latest": "checkpoints"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint's model in parts: `model` puts it together."""
+
+    experiment: Experiment
+    step: int
+    structure: ModelStructure
+    params: dict[str, Any]
+    buffers: dict[str, Any]
+
+    @property
+    def model(self) -> nnx.Module:
+        """The module with the checkpoint's arrays."""
+        return self.structure.merge(self.params, self.buffers)
+
+
+def load(
+    workdir: pathlib.Path,
+    *,
+    checkpoint: str = "best",
+    model: nnx.Module | None = None,
+    say: Callable[[str], None] = print,
+) -> Trained:
+    """Reads a trained model; nothing in the folder is changed.
+
+    Args:
+      workdir: the folder of a run.
+      checkpoint: 'best' by validation accuracy, or 'latest'.
+      model: a module of the architecture that `train` was given, if it was given one. It stays as it is.
+      say: prints a line where a damaged checkpoint is passed over.
+
+    Raises:
+      ConfigError: it is no folder of a run, or the checkpoint is of another architecture.
+      CheckpointError: it has no whole checkpoint.
+    """
+    if checkpoint not in FOLDERS:
+        raise ConfigError("checkpoint", f"one of {', '.join(FOLDERS)}", checkpoint, "name one of these")
+    config = read_config(workdir)
+    experiment = Experiment.from_dict(config["experiment"])
+    if config.get("module") and model is None:
+        raise ConfigError(
+            "workdir", "the folder of a run whose model its settings describe", str(workdir),
+            f"its model is a module {config['module']} of its own: "
+            "use hax_jax.training.load(workdir, model=...) and score",
+        )
+    folder = (workdir / FOLDERS[checkpoint]).absolute()
+    checkpoints = Checkpoints(folder, keep=1, say=say)
+    restored = checkpoints.newest()
+    checkpoints.close()
+    if restored is None:
+        raise CheckpointError(f"No whole checkpoint lies in {folder}; train the run for longer, or again.")
+    abstract = nnx.eval_shape(lambda: build(experiment)) if model is None else model
+    structure, params, buffers = split_model(abstract)
+    like = {"params": params, "buffers": buffers}
+    check_matches(restored, experiment.to_dict(), like, folder)
+    arrays = fill(like, restored.arrays, lambda arrays: put_replicated(make_mesh(), arrays))
+    return Trained(experiment, restored.step, structure, arrays["params"], arrays["buffers"])
+
+
+def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None = None) -> EvalResult:
+    """Scores a trained model on a split of the task, in tables of the same sizes or of smaller ones.
+
+    The largest tables of `data` decide how long the padded sequences are; the token ids stay those of the
+    training (see `relabel`).
+
+    Args:
+      trained: from `load`.
+      split: 'valid' or 'test'.
+      data: the task, the run's own or one of smaller tables.
+      batch_size: sequences at once; the run's `eval_batch_size` if None. Rounded up to a multiple of the
+        number of devices.
+
+    Raises:
+      ConfigError: `data` needs token ids that the training did not have, or its source cannot be read.
+    """
+    mesh = make_mesh()
+    experiment = trained.experiment
+    check_fits(data, experiment.data)
+    size = batch_size or experiment.training.eval_batch_size
+    size = -(-size // mesh.size) * mesh.size
+    items = RelabeledSplit(make_split(data, split), data, experiment.data)
+    evaluator = Evaluator(trained.structure, items, Purpose[split.upper()], data, size, mesh)
+    key = put_replicated(mesh, jax.random.key(experiment.seed))
+    result = evaluator(trained.params, trained.buffers, key)
+    assert result is not None
+    return result

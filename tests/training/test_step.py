@@ -1,0 +1,191 @@
+"""The update and the scoring of one batch, as pure functions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hax_jax.data import Batch, make_split
+from hax_jax.training.optimizer import make_optimizer
+from hax_jax.training.state import make_state, split_model
+from hax_jax.training.step import make_eval_step, make_train_step, sequence_accuracy, token_losses
+from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, TinyOutput, tiny_experiment
+
+
+def setup(model=None, **training):
+    """A compiled update, its first state, and an iterator of raw batches."""
+    experiment = tiny_experiment(**training)
+    settings = experiment.training
+    structure, params, buffers = split_model(model or TinyModel())
+    optimizer = make_optimizer(settings)
+    split = make_split(DATA, "train")
+    update = jax.jit(make_train_step(structure, split.materialize, optimizer, settings))
+    rows = settings.batch_size * settings.grad_accumulation_steps
+    raws = (
+        jax.tree.map(lambda x: x.reshape(settings.grad_accumulation_steps, -1, *x.shape[1:]), raw)
+        for raw in split.iterator(rows, repeat=True)
+    )
+    return update, make_state(params, buffers, optimizer, seed=0), raws
+
+
+def test_loss_and_accuracy_of_known_logits():
+    batch = Batch(
+        tokens=jnp.zeros((2, 4), jnp.int32),
+        targets=jnp.array([[1, 2, 3, 0], [1, 1, 1, 1]]),
+        score_mask=jnp.array([[True, True, False, True], [True, False, False, False]]),
+        padding_mask=jnp.ones((2, 4), bool),
+        n_context=jnp.ones(2, jnp.int32),
+        n_key=jnp.ones(2, jnp.int32),
+        item_weight=jnp.array([1.0, 0.0]),
+    )
+    logits = jnp.zeros((2, 4, 5)).at[:, 0, 1].set(50.0).at[:, 1, 4].set(50.0).at[:, 3, 0].set(1.0)
+    losses = token_losses(logits, batch)
+    e = np.e
+    np.testing.assert_allclose(losses[0], [0.0, 50.0, 0.0, np.log(e + 4) - 1], atol=1e-5)
+    np.testing.assert_array_equal(losses[1], 0.0)
+    np.testing.assert_allclose(sequence_accuracy(logits, batch), [2 / 3, 0.0], rtol=1e-6)
+
+
+def test_update_is_the_gradient_of_the_documented_loss():
+    model = TinyModel(noise=0.0)
+    update, state, raws = setup(model, warmup_steps=0, gate_loss_weight=0.3)
+    raw = next(raws)
+    new, metrics = update(state, raw)
+
+    batch = make_split(DATA, "train").materialize(jax.tree.map(lambda x: x[0], raw))
+    structure, params, buffers = split_model(model)
+
+    def loss(params):
+        output = structure.merge(params, buffers)(
+            batch.tokens, padding_mask=batch.padding_mask, key=jax.random.key(1), train=True
+        )
+        picked = jax.nn.log_softmax(output.logits)[
+            jnp.arange(8)[:, None], jnp.arange(batch.tokens.shape[1]), batch.targets
+        ]
+        return -jnp.sum(picked * batch.score_mask) / batch.score_mask.sum() + 0.3 * output.gate_loss
+
+    grads = jax.grad(loss)(params)
+    optimizer = make_optimizer(tiny_experiment(warmup_steps=0, gate_loss_weight=0.3).training)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    wanted = optax.apply_updates(params, updates)
+    for name in params:
+        np.testing.assert_allclose(new.params[name], wanted[name], atol=2e-6)
+    np.testing.assert_allclose(metrics["loss"] + 0.3 * metrics["gate_loss"], loss(params), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+    assert metrics["tokens"] == batch.padding_mask.sum()
+    assert int(new.step) == 1
+    assert not np.array_equal(new.buffers["mean"], buffers["mean"])
+
+
+def test_accumulation_equals_a_larger_batch():
+    """Batches with different numbers of scored positions, whose losses are joined, not averaged."""
+    model = TinyModel(noise=0.0)
+    large, state, raws = setup(model, batch_size=12, warmup_steps=0)
+    small, _, small_raws = setup(model, batch_size=4, grad_accumulation_steps=3, warmup_steps=0)
+    other = state
+    for _ in range(4):
+        state, metrics = large(state, next(raws))
+        other, other_metrics = small(other, next(small_raws))
+        for name in ("loss", "gate_loss", "accuracy", "tokens", "grad_norm", "learning_rate"):
+            np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=2e-5, err_msg=name)
+    for name in state.params:
+        np.testing.assert_allclose(other.params[name], state.params[name], atol=2e-5)
+
+
+def test_batches_of_an_accumulation_draw_their_own_random_numbers():
+    class Noise(TinyModel):
+        def __call__(self, tokens, *, key, **rest):
+            output = super().__call__(tokens, key=key, **rest)
+            number = jax.random.uniform(key)
+            self.mean[...] = jnp.roll(self.mean[...], 1).at[0].set(number)
+            return output
+
+    update, state, raws = setup(Noise(), batch_size=4, grad_accumulation_steps=3)
+    for _ in range(2):
+        state, _ = update(state, next(raws))
+    assert len(set(np.asarray(state.buffers["mean"])[:6].tolist())) == 6
+
+
+def test_metrics_are_means_since_the_last_log_step():
+    update, state, raws = setup(log_every_steps=3, warmup_steps=0)
+    single, other, other_raws = setup(log_every_steps=1, warmup_steps=0)
+    losses, means = [], []
+    for _ in range(6):
+        state, metrics = update(state, next(raws))
+        means.append(float(metrics["loss"]))
+        other, metrics = single(other, next(other_raws))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(means[2], np.mean(losses[:3]), rtol=1e-6)
+    np.testing.assert_allclose(means[5], np.mean(losses[3:]), rtol=1e-6)
+
+
+class Counter(nnx.Variable):
+    """Calls in training so far."""
+
+
+class Breaking(nnx.Module):
+    """Adds to the loss, from the third step on, something that is not finite, or only its gradient is not."""
+
+    def __init__(self, where):
+        self.weight = nnx.Param(jnp.ones((4, VOCAB_SIZE)))
+        self.calls = Counter(jnp.zeros(()))
+        self.where = where
+
+    def __call__(self, tokens, *, padding_mask, key, train):
+        broken = self.calls[...] >= 2
+        self.calls[...] += 1
+        if self.where == "loss":
+            extra = jnp.where(broken, jnp.nan, 0.0)
+        else:
+            # A square root is finite at 0, its gradient is not.
+            extra = jnp.sqrt(jnp.where(broken, 0.0, 1.0) * jnp.sum(jnp.square(self.weight[...])))
+        return TinyOutput(self.weight[...][tokens % 4], extra)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_update_that_is_not_finite_is_refused_for_good(where):
+    update, state, raws = setup(Breaking(where), warmup_steps=0)
+    states = [state]
+    for _ in range(5):
+        state, metrics = update(state, next(raws))
+        states.append(state)
+    assert [int(s.bad_step) for s in states] == [-1, -1, -1, 2, 2, 2]
+    assert int(metrics["bad_step"]) == 2
+    assert int(states[-1].step) == 2
+    assert np.isfinite(states[-1].params["weight"]).all()
+    last_good, kept = (dataclasses.replace(states[i], bad_step=0, key=0) for i in (2, -1))
+    jax.tree.map(np.testing.assert_array_equal, kept, last_good)
+
+
+def test_bfloat16_parameters_stay_bfloat16():
+    update, state, raws = setup(TinyModel(dtype=jnp.bfloat16), warmup_steps=0)
+    new, metrics = update(state, next(raws))
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+    assert new.params["inner"].dtype == new.opt_state.nu["inner"].dtype == jnp.bfloat16
+    assert metrics["loss"].dtype == jnp.float32
+
+
+def test_filler_rows_are_not_scored():
+    split = make_split(DATA, "valid")
+    structure, params, buffers = split_model(TinyModel())
+    eval_step = jax.jit(make_eval_step(structure))
+    shapes = {"loss": (), "num_scored": (), "accuracy": (3, 3), "num_items": (3, 3)}
+    zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+    def totals(batch_size):
+        sums = zeros
+        for raw in split.iterator(batch_size, repeat=False):
+            sums = eval_step(params, buffers, jax.random.key(0), split.materialize(raw), sums)
+        return sums
+
+    # 12 items: as one batch, and as two batches of 7 with two filler rows.
+    one, two = totals(12), totals(7)
+    assert float(one["num_items"].sum()) == float(two["num_items"].sum()) == 12
+    np.testing.assert_array_equal(one["num_items"][1:, 1:], 3)
+    assert float(one["num_scored"]) == float(two["num_scored"])
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-6)
+    np.testing.assert_allclose(two["accuracy"], one["accuracy"], rtol=1e-6)
