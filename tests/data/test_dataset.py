@@ -1,9 +1,8 @@
-"""Creating a data set: the original's bytes, going on after a kill, and an error for everything damaged."""
+"""Creating a data set: the original's bytes, going on after a kill, and nobody's files overwritten."""
 
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -14,48 +13,14 @@ import time
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from experiments import create_dataset as command
 from hax_jax.config import ConfigError, DataConfig
-from hax_jax.data import DatasetError, dataset, files, joint_recall, make_split, reader, text_files
+from hax_jax.data import DatasetError, dataset, files, joint_recall, reader, text_files
 from hax_jax.data.dataset import Plan, create_dataset, verify_dataset
+from tests.data.making import contents, make, plan_for, stored_items
 
-SETTINGS = DataConfig(max_n_context=6, max_n_key=7, n_value=5, seed=3, n_eval_per_pair=2)
 NAME = "D_dataset_small.npz"
-
-
-def plan_for(folder: pathlib.Path, **changes) -> Plan:
-    options = {name: changes.pop(name) for name in ("splits", "text", "n_train_per_pair") if name in changes}
-    config = dataclasses.replace(SETTINGS, data_dir=str(folder), **changes)
-    return Plan(config, **{"n_train_per_pair": 3, **options})
-
-
-def make(folder: pathlib.Path, **changes) -> reader.Manifest:
-    return create_dataset(plan_for(folder, **changes), report=lambda line: None)
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def stored_items(manifest: reader.Manifest, split: str) -> np.ndarray:
-    stored = reader.StoredSplit(manifest, split)
-    return stored.items(np.arange(stored.num_sweeps * manifest.config.num_pairs))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> pathlib.Path:
-    """A complete data set, not to be changed."""
-    folder = tmp_path_factory.mktemp("data") / "whole"
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> pathlib.Path:
-    """A complete data set to be damaged."""
-    return shutil.copytree(whole, tmp_path / "copy")
 
 
 @pytest.fixture
@@ -244,138 +209,6 @@ def test_an_unfinished_data_set_belongs_to_its_settings(tmp_path, monkeypatch):
     (folder / reader.UNFINISHED).write_text("{}")
     with pytest.raises(ConfigError, match=r"unfinished\.json in it is damaged"):
         make(folder)
-
-
-def truncate(folder: pathlib.Path) -> None:
-    path = folder / "train-00000-of-00001.arrayrecord"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(folder: pathlib.Path) -> None:
-    (folder / "train-00000-of-00001.arrayrecord").write_bytes(b"")
-
-
-def remove(folder: pathlib.Path) -> None:
-    (folder / "train-00000-of-00001.arrayrecord").unlink()
-
-
-def flip(folder: pathlib.Path) -> None:
-    path = folder / "train-00000-of-00001.arrayrecord"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 4] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def swap(folder: pathlib.Path) -> None:
-    shutil.copy(folder / "valid-00000-of-00001.arrayrecord", folder / "train-00000-of-00001.arrayrecord")
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (truncate, r"has \d+ bytes instead of \d+"),
-        (empty, "has 0 bytes instead of"),
-        (remove, "cannot be read"),
-        (flip, "another sha256"),
-        (swap, "another sha256"),
-    ],
-)
-def test_a_damaged_shard_is_one_clear_error(damage, said, copy):
-    damage(copy)
-    before = contents(copy)
-    config = dataclasses.replace(SETTINGS, train_source="dataset", data_dir=str(copy))
-    for attempt in (lambda: make_split(config, "train"), lambda: verify_dataset(copy), lambda: make(copy)):
-        with pytest.raises(DatasetError, match=said) as caught:
-            attempt()
-        assert "split 'train' is damaged" in str(caught.value)
-        assert str(copy) in str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert contents(copy) == before
-    make_split(dataclasses.replace(config, eval_source="dataset"), "test")
-
-
-def rewrite(folder: pathlib.Path, records: list[bytes]) -> None:
-    """Puts other records into the training shard and makes the manifest agree with it."""
-    path = folder / "train-00000-of-00001.arrayrecord"
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    content = json.loads((folder / reader.MANIFEST).read_text())
-    content["splits"]["train"][0] |= {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-    (folder / reader.MANIFEST).write_text(json.dumps(content))
-
-
-def test_wrong_records_are_refused_even_with_the_right_sums(copy, monkeypatch):
-    stored = reader.StoredSplit(reader.read_manifest(copy), "train")
-    sweeps = [stored.sweep(i) for i in range(3)]
-    good = [reader.encode_record("train", i, sweep) for i, sweep in enumerate(sweeps)]
-    strange = sweeps[1].copy()
-    strange[7] = SETTINGS.min_vocab_size
-    for record, said in [
-        (reader.encode_record("train", 1, strange), "record 1 holds the token id 28"),
-        (reader.encode_record("valid", 1, sweeps[1]), "record 1 is not sweep 1"),
-        (good[0], "record 1 is not sweep 1"),
-        (good[1][:-1], "record 1 is not sweep 1"),
-        (b"", "record 1 is not sweep 1"),
-    ]:
-        rewrite(copy, [good[0], record, good[2]])
-        items = reader.StoredSplit(reader.read_manifest(copy), "train")
-        np.testing.assert_array_equal(items.sweep(0), sweeps[0])
-        with pytest.raises(DatasetError, match=said):
-            items.items(np.arange(18))
-    rewrite(copy, good[:2])
-    with pytest.raises(DatasetError, match="2 records instead of 3"):
-        reader.StoredSplit(reader.read_manifest(copy), "train")
-    # Damage inside a record of a split too large to be hashed when it is opened.
-    rewrite(copy, good)
-    monkeypatch.setattr(reader, "_HASHED_BYTES", 0)
-    path = copy / "train-00000-of-00001.arrayrecord"
-    content = bytearray(path.read_bytes())
-    content[content.index(b"JR") + 200] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(DatasetError, match="chunk data hash mismatch"):
-        reader.StoredSplit(reader.read_manifest(copy), "train").items(np.arange(18))
-
-
-def test_a_damaged_or_foreign_manifest_is_one_clear_error(copy):
-    path = copy / reader.MANIFEST
-    good = json.loads(path.read_text())
-
-    def changed(**changes) -> str:
-        return json.dumps({**good, **changes})
-
-    outside = {**good["splits"]["train"][0], "name": "../../train-00000-of-00001.arrayrecord"}
-    for text in (
-        "", "[]", "{}", path.read_text()[:-100], "\x00", changed(format="other"),
-        changed(settings={**good["settings"], "n_value": "16"}),
-        changed(settings={**good["settings"], "items_per_pair": {"train": 3}}),
-        changed(settings={**good["settings"], "items_per_pair": {"train": 4, "valid": 2, "test": 2}}),
-        changed(splits={**good["splits"], "train": [outside]}),
-        changed(splits={**good["splits"], "other": []}),
-        changed(settings={**good["settings"], "items_per_pair": {"train": 3, "valid": 2, "test": 1}}),
-        changed(text={}),
-    ):
-        path.write_text(text)
-        with pytest.raises(DatasetError, match=r"manifest\.json is damaged or of another format") as caught:
-            reader.read_manifest(copy)
-        assert "\n" not in str(caught.value)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DatasetError, match=r"manifest\.json cannot be read"):
-        reader.read_manifest(copy)
-    path.unlink()
-    with pytest.raises(DatasetError, match=r"there is no manifest\.json in it; run `python exper"):
-        reader.read_manifest(copy)
-
-
-@pytest.mark.parametrize("name", reader.SETTINGS)
-def test_a_data_set_of_other_settings_names_the_field(name, whole):
-    config = dataclasses.replace(SETTINGS, train_source="dataset", data_dir=str(whole))
-    stored = getattr(config, name)
-    other = dataclasses.replace(config, **{name: stored - 1 if name.startswith("min") else stored + 1})
-    with pytest.raises(ConfigError, match=rf"`data\.{name}` must be {stored}, as in the data set") as caught:
-        make_split(other, "train")
-    assert caught.value.field == f"data.{name}"
 
 
 def test_impossible_plans_are_refused_before_anything_is_written(tmp_path):
