@@ -10,7 +10,7 @@ import pytest
 from tests.golden_data import Golden
 
 # Shapes and dtypes in the annotations of hax_jax are checked in tests only; in use they cost nothing.
-jaxtyping.install_import_hook("hax_jax", "beartype.beartype")
+jaxtyping.install_import_hook("hax_jax", "tests.type_checker.check")
 
 _GOLDEN = Golden()
 # With pytest-xdist each worker reports the files it used; without it this stays empty.
