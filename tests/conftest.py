@@ -7,10 +7,11 @@ import sys
 import jaxtyping
 import pytest
 
+import tests.type_checker
 from tests.golden_data import Golden
 
 # Shapes and dtypes in the annotations of hax_jax are checked in tests only; in use they cost nothing.
-jaxtyping.install_import_hook("hax_jax", "tests.type_checker.check")
+jaxtyping.install_import_hook("hax_jax", f"{tests.type_checker.__name__}.check")
 
 _GOLDEN = Golden()
 # With pytest-xdist each worker reports the files it used; without it this stays empty.
