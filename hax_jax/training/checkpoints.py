@@ -227,7 +227,7 @@ def fill(like: Any, arrays: Arrays, put: Callable[[Any], Any]) -> Any:
     filled = put([arrays[name] for name in names])
     for index, leaf in enumerate(leaves):
         if _is_key(leaf):
-            filled[index] = jax.random.wrap_key_data(filled[index], impl=jax.random.key_impl(leaf))
+            filled[index] = jax.random.wrap_key_data(filled[index], impl=_key_impl(leaf))
     return jax.tree.unflatten(treedef, filled)
 
 
@@ -244,6 +244,13 @@ def _key_data(tree: Any) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+    """The generator of a PRNG key, or of the shape of one, which only a trace can ask."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
 
 
 def _with_paths(tree: Any) -> Iterator[tuple[str, Any]]:

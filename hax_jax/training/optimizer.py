@@ -1,12 +1,12 @@
 """AdamW as PyTorch computes it, and the learning rate over the steps."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from hax_jax.config import TrainingConfig
 
@@ -90,14 +90,19 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
         correction1, correction2 = -jnp.expm1(times * log_b1), -jnp.expm1(times * log_b2)
 
         def leaf(p, g, m, v):
-            p, g, m, v, rounded = _widen(p, g, m, v)
+            work = jnp.promote_types(p.dtype, jnp.float32)
+            is_narrow = p.dtype != work
+            rounded = functools.partial(_round_to, p.dtype) if is_narrow else lambda x: x
+            p, g, m, v = (x.astype(work) for x in (p, g, m, v))
             m_new = rounded(m + (1.0 - b1) * (g - m))
             v_new = rounded(rounded(b2 * v) + (1.0 - b2) * g * g)
             root = rounded(rounded(jnp.sqrt(v_new)) / jnp.sqrt(correction2))
             # Not p * (1 - rate * decay): that factor's own rounding would add up over the steps.
-            decayed = rounded(p - rate * training.weight_decay * p)
-            p_new = rounded(decayed - rate / correction1 * (m_new / rounded(root + eps)))
-            return p_new - p, m_new, v_new
+            decay = rate * training.weight_decay * p
+            move = rate / correction1 * (m_new / rounded(root + eps))
+            if is_narrow:
+                return rounded(rounded(p - decay) - move) - p, m_new, v_new
+            return -(decay + move), m_new, v_new
 
         results = jax.tree.map(leaf, params, grads, state.mu, state.nu)
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(params), None, results)
@@ -107,13 +112,7 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _widen(p: Float[Array, "..."], *others: Float[Array, "..."]):
-    """The arrays in the dtype of the arithmetic, at least float32, and the rounding to `p`'s own dtype."""
-    work = jnp.promote_types(p.dtype, jnp.float32)
-    info = jnp.finfo(p.dtype)
-
-    def rounded(x):
-        # A cast there and back would be removed by XLA as excess precision; reduce_precision is kept.
-        return x if p.dtype == work else jax.lax.reduce_precision(x, info.nexp, info.nmant)
-
-    return *(x.astype(work) for x in (p, *others)), rounded
+def _round_to(dtype: Any, x: jax.Array) -> jax.Array:
+    """Rounds to a narrower dtype but stays in the wider one."""
+    # A cast there and back would be removed by XLA as excess precision; reduce_precision is kept.
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any
 
 import jax
 
@@ -15,9 +15,12 @@ class Console:
     """Prints lines at once, and on a terminal keeps a bar below them.
 
     A reader that goes away (a closed terminal, `| head`) ends the printing, not the run.
+
+    Args:
+      stream: a text file; standard output if None.
     """
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: Any = None):
         self._stream = stream or sys.stdout
         self.is_terminal = self._stream.isatty()
         self._silent = jax.process_index() != 0
