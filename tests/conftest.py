@@ -8,10 +8,12 @@ import jaxtyping
 import pytest
 
 import tests.type_checker
-from tests.golden_data import Golden
+from tests.golden_data import REPOSITORY, Golden
 
-# Shapes and dtypes in the annotations of hax_jax are checked in tests only; in use they cost nothing.
-jaxtyping.install_import_hook("hax_jax", f"{tests.type_checker.__name__}.check")
+# Shapes and dtypes in annotations are checked in tests only; in use they cost nothing. hax_jax.config is left
+# out: it checks its fields itself, and says more.
+_CHECKED = [f"hax_jax.{path.parent.name}" for path in (REPOSITORY / "hax_jax").glob("*/__init__.py")]
+jaxtyping.install_import_hook(_CHECKED, f"{tests.type_checker.__name__}.check")
 
 _GOLDEN = Golden()
 # With pytest-xdist each worker reports the files it used; without it this stays empty.
