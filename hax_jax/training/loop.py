@@ -274,7 +274,6 @@ class _Run:
         if scores is None:
             return
         seconds = time.perf_counter() - begin
-        self.progress.pause(seconds)
         self.last_valid = self.step
         is_best = self.best.accuracy is None or scores.accuracy > self.best.accuracy
         self.metrics.write(
@@ -288,6 +287,7 @@ class _Run:
             self.best = _Best(self.step, scores.accuracy)
             arrays = {"params": self.state.params, "buffers": self.state.buffers}
             self.best_checkpoints.save(self.step, arrays, self._meta())
+        self.progress.pause(time.perf_counter() - begin)
 
     def _score(self, purpose: Purpose, params: Any, buffers: Any) -> EvalResult | None:
         return self.evaluators[purpose](params, buffers, self.state.key, stop=lambda: bool(self.stop))
