@@ -79,7 +79,7 @@ def _own_flags(values: flags.FlagValues) -> Iterator[flags.Flag]:
 
 def _fields() -> dict[str, dataclasses.Field]:
     """Every single field of an experiment under its dotted name."""
-    found = {}
+    found: dict[str, dataclasses.Field] = {}
     for outer in dataclasses.fields(Experiment):
         if isinstance(outer.type, type) and dataclasses.is_dataclass(outer.type):
             found |= {f"{outer.name}.{inner.name}": inner for inner in dataclasses.fields(outer.type)}
@@ -135,7 +135,7 @@ def _experiment(values: flags.FlagValues, argv: list[str]) -> Experiment:
         raise ConfigError(
             "command line", "flags only", rest[1], "write --NAME=VALUE; quote a value that holds spaces"
         )
-    given, config = values["config"], values["config"].value
+    config = values["config"].value
     try:
         if not hasattr(config, "items"):
             raise TypeError(f"get_config() returned {config!r}")
@@ -144,7 +144,7 @@ def _experiment(values: flags.FlagValues, argv: list[str]) -> Experiment:
         raise
     except Exception as error:
         # config_flags keeps a file it could not read for whoever first touches the settings.
-        raise _config_file_error(error, given.config_filename) from error
+        raise _config_file_error(error, _value_of("config", argv[1:])) from error
 
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> ConfigError:

@@ -57,7 +57,7 @@ def plot(workdir: pathlib.Path, out: pathlib.Path) -> None:
     try:
         draw(entries, name, out)
     except OSError as error:
-        raise ConfigError("--out", "a file that can be written", str(out), error.strerror) from error
+        raise ConfigError("--out", "a file that can be written", str(out), str(error.strerror)) from error
 
 
 def draw(entries: Sequence[dict[str, Any]], title: str, out: pathlib.Path) -> None:
