@@ -7,13 +7,15 @@ on a tile, in registers. All rules imply j <= i.
 
 import dataclasses
 import functools
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, dataclass_transform, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 Integers = tuple[jax.Array, ...]
+# (b, t) int32; not annotated as an array, since `jax.tree.map` also builds sources of shapes and shardings.
+PerPosition = Any
 
 
 @runtime_checkable
@@ -30,6 +32,7 @@ class Source(Protocol):
         """Whether query position i sees key position j; elementwise over arrays that broadcast."""
 
 
+@dataclass_transform(frozen_default=True)
 def _source(*, static: tuple[str, ...] = (), arrays: tuple[str, ...] = ()):
     """Makes a frozen dataclass a pytree: `arrays` are its leaves, `static` is part of its type."""
 
@@ -73,7 +76,7 @@ class SlidingWindow(_Positional):
 class _ByKeyPosition:
     """A source that looks at the key's position inside its segment."""
 
-    key_position: Int[Array, "b t"]
+    key_position: PerPosition
 
     def rows(self) -> Integers:
         return ()
@@ -87,7 +90,7 @@ class Sink(_ByKeyPosition):
     """The first `size` keys of a segment."""
 
     size: int
-    key_position: Int[Array, "b t"]
+    key_position: PerPosition
 
     def rule(self, i, j, rows, columns):
         (position,) = columns
@@ -99,7 +102,7 @@ class Dilated(_ByKeyPosition):
     """Every stride-th key of a segment: position mod stride == stride - 1."""
 
     stride: int
-    key_position: Int[Array, "b t"]
+    key_position: PerPosition
 
     def rule(self, i, j, rows, columns):
         (position,) = columns
@@ -108,13 +111,13 @@ class Dilated(_ByKeyPosition):
 
 @_source(static=("size",), arrays=("query_code", "query_count", "key_code", "key_order"))
 class HashBuckets:
-    """The `size` most recent keys with the query's hash code; counts and orders are `ops.lsh.bucket_orders`'."""
+    """The `size` most recent keys with the query's hash code; counts and orders as `ops.lsh` numbers them."""
 
     size: int
-    query_code: Int[Array, "b t"]
-    query_count: Int[Array, "b t"]
-    key_code: Int[Array, "b t"]
-    key_order: Int[Array, "b t"]
+    query_code: PerPosition
+    query_count: PerPosition
+    key_code: PerPosition
+    key_order: PerPosition
 
     def rows(self) -> Integers:
         return self.query_code, self.query_count
@@ -133,7 +136,7 @@ class HashBuckets:
 class Lifetimes:
     """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'."""
 
-    expiry: Int[Array, "b t"]
+    expiry: PerPosition
 
     def rows(self) -> Integers:
         return ()
