@@ -16,6 +16,9 @@ import pathlib
 import sys
 from typing import Any, NoReturn
 
+# Works from a checkout that is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training import TrainingError
 from hax_jax.training.evaluate import EvalResult

@@ -16,8 +16,8 @@ import hax_jax
 from hax_jax.config import Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.checkpoints import Checkpoints, check_matches, fill, writer_thread
-from hax_jax.training.errors import CheckpointError, NonFiniteError
+from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
+from hax_jax.training.errors import CheckpointError, NonFiniteError, TrainingError
 from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_eval_step
 from hax_jax.training.metrics import MetricsWriter, has_tensorboard
 from hax_jax.training.optimizer import make_optimizer
@@ -61,6 +61,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
       ConfigError: a setting cannot be used, or `workdir` holds another run. Nothing has been changed.
       NonFiniteError: the loss or a gradient became infinite or not a number.
       CheckpointError: the state could not be saved at the end.
+      TrainingError: the base of these; by itself, a file could not be read or written.
     """
     console = Console()
     with contextlib.ExitStack() as stack:
@@ -73,10 +74,17 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
         run = _Run(experiment, folder, model, console, stop)
         stack.callback(run.close)
         run.resume()
-        # Nothing moves between host and devices from here on but what the loop sends and fetches itself.
-        stack.enter_context(jax.transfer_guard("disallow"))
-        run.train()
-        return run.result()
+        # From here on nothing is fetched from a device but what the loop fetches itself.
+        stack.enter_context(jax.transfer_guard_device_to_host("disallow"))
+        stack.enter_context(jax.transfer_guard_device_to_device("disallow"))
+        try:
+            run.train()
+            return run.result()
+        except OSError as error:
+            raise TrainingError(
+                f"A file could not be read or written ({error}). What {folder.path} holds is whole up to the "
+                "last checkpoint: remove the cause, then run the same command again to go on."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +231,10 @@ class _Run:
     def _take_step(self) -> dict[str, jax.Array]:
         raw = next(self.batches)
         raw = jax.tree.map(lambda x: x.reshape(self.accumulation, -1, *x.shape[1:]), raw)
-        self.state, metrics = self.update(self.state, put_batch(self.mesh, raw, axis=1))
+        if self.mesh.size > 1:
+            # One device takes NumPy arrays as they are, ten times faster than through device_put.
+            raw = put_batch(self.mesh, raw, axis=1)
+        self.state, metrics = self.update(self.state, raw)
         self.step += 1
         return metrics
 
@@ -328,12 +339,15 @@ class _Run:
 
     def _read_best(self) -> dict[str, Any]:
         """The arrays of the best checkpoint, or of the next best if that one is damaged."""
+        # The last step is always validated, so there is a best one.
+        best_step = self.best.step or 0
+        restored: Restored | None
         try:
             self.best_checkpoints.wait()
-            restored = self.best_checkpoints.read(self.best.step)
+            restored = self.best_checkpoints.read(best_step)
         except CheckpointError as error:
             self.console.line(f"{error}; testing the one before it")
-            restored = self.best_checkpoints.newest(at_most=self.best.step - 1)
+            restored = self.best_checkpoints.newest(at_most=best_step - 1)
             if restored is None:
                 raise CheckpointError(
                     f"No checkpoint in {self.best_checkpoints.folder} is whole, so there is nothing to test. "

@@ -33,7 +33,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, step: int, last_valid: int, tensorboard: bool = False):
         path = workdir / "metrics.jsonl"
-        if jax.process_index() != 0:
+        self._is_primary = jax.process_index() == 0
+        if not self._is_primary:
             path, tensorboard = pathlib.Path(os.devnull), False
         self.num_torn = _keep_lines_until(path, {"train": step, "valid": last_valid}) if path.is_file() else 0
         self._file = path.open("ab")
@@ -57,14 +58,13 @@ class MetricsWriter:
     def flush(self) -> None:
         """Returns when all lines are on the disk."""
         self._file.flush()
-        # A file that cannot be synced (os.devnull) need not be.
-        with contextlib.suppress(OSError):
+        if self._is_primary:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        self._file.close()
+        """Closes the files. A full disk shows at `flush`; here it must not hide what ended the run."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

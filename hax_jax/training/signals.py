@@ -3,6 +3,7 @@
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 _STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -15,7 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return self.name is not None

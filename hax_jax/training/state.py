@@ -79,7 +79,7 @@ def split_model(model: nnx.Module) -> tuple[ModelStructure, dict[str, Any], dict
     `nnx.Param` variables are trained, every other variable is state. The arrays are the module's own, not
     copies.
     """
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    graphdef, *(params, buffers) = nnx.split(model, nnx.Param, ...)
     (param_names, param_tree, param_arrays) = _by_name(params)
     (buffer_names, buffer_tree, buffer_arrays) = _by_name(buffers)
     structure = ModelStructure(graphdef, (param_names, param_tree), (buffer_names, buffer_tree))
@@ -88,7 +88,7 @@ def split_model(model: nnx.Module) -> tuple[ModelStructure, dict[str, Any], dict
 
 def buffers_of(model: nnx.Module) -> dict[str, Any]:
     """The arrays by name of every variable that is not trained, as they are now."""
-    _, _, buffers = nnx.split(model, nnx.Param, ...)
+    _, *(_, buffers) = nnx.split(model, nnx.Param, ...)
     return _by_name(buffers)[2]
 
 

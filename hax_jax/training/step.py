@@ -59,20 +59,7 @@ def make_train_step(
       A pure function, to be compiled with its first argument donated. It may be called in a `lax.scan`.
     """
     schedule = learning_rate_schedule(training)
-
-    def objective(params, buffers, batch, key, num_scored):
-        model = structure.merge(params, buffers)
-        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=True)
-        logits, gate_loss = logits_and_gate_loss(output)
-        parts = {
-            "loss": token_losses(logits, batch).sum() / num_scored,
-            "gate_loss": gate_loss / training.grad_accumulation_steps,
-            "accuracy": _mean_accuracy(logits, batch) / training.grad_accumulation_steps,
-            "tokens": jnp.sum(batch.padding_mask, dtype=jnp.float32),
-        }
-        return parts["loss"] + training.gate_loss_weight * parts["gate_loss"], (parts, buffers_of(model))
-
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = jax.grad(_make_objective(structure, training), has_aux=True)
 
     def train_step(state, raw):
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.TRAIN), state.step)
@@ -133,6 +120,24 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
         }
 
     return eval_step
+
+
+def _make_objective(structure: ModelStructure, training: TrainingConfig) -> Callable[..., Any]:
+    """What is differentiated: a batch's part of the loss, with its metrics and the model's new buffers."""
+
+    def objective(params, buffers, batch, key, num_scored):
+        model = structure.merge(params, buffers)
+        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=True)
+        logits, gate_loss = logits_and_gate_loss(output)
+        parts = {
+            "loss": token_losses(logits, batch).sum() / num_scored,
+            "gate_loss": gate_loss / training.grad_accumulation_steps,
+            "accuracy": _mean_accuracy(logits, batch) / training.grad_accumulation_steps,
+            "tokens": jnp.sum(batch.padding_mask, dtype=jnp.float32),
+        }
+        return parts["loss"] + training.gate_loss_weight * parts["gate_loss"], (parts, buffers_of(model))
+
+    return objective
 
 
 def _accumulate(gradient, materialize, state, raw, key):

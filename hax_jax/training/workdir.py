@@ -57,9 +57,7 @@ class RunFolder:
 
     def __init__(self, path: pathlib.Path, experiment: Experiment, module: str | None = None):
         self.path = path
-        self._config = {
-            "format_version": FORMAT_VERSION, "module": module, "experiment": experiment.to_dict()
-        }
+        self._settings: dict[str, Any] = {"module": module, "experiment": experiment.to_dict()}
         self._is_primary = jax.process_index() == 0
 
     def __enter__(self) -> "RunFolder":
@@ -87,7 +85,7 @@ class RunFolder:
         """Writes `config.json`, which from then on refuses other settings."""
         path = self.path / "config.json"
         if self._is_primary and not path.exists():
-            write_json(path, self._config)
+            write_json(path, {"format_version": FORMAT_VERSION, **self._settings})
 
     def finish(self, result: RunResult) -> None:
         """Writes `result.json`; started again, the run only reports it."""
@@ -135,8 +133,7 @@ class RunFolder:
             return
         stored = read_config(self.path)
         differences = config_differences(
-            {"module": stored.get("module"), **stored["experiment"]},
-            {"module": self._config["module"], **self._config["experiment"]},
+            *({"module": x.get("module"), **x["experiment"]} for x in (stored, self._settings))
         )
         if differences:
             raise ConfigError(

@@ -12,7 +12,15 @@ import pytest
 from flax import nnx
 
 from hax_jax.config import ConfigError, ModelConfig
-from hax_jax.training import NonFiniteError, TokenFunction, load, score, train
+from hax_jax.training import (
+    CheckpointError,
+    NonFiniteError,
+    TokenFunction,
+    TrainingError,
+    load,
+    score,
+    train,
+)
 from hax_jax.training.evaluate import Evaluator
 from hax_jax.training.metrics import read_metrics
 from hax_jax.training.workdir import RunFolder
@@ -191,6 +199,34 @@ def test_damaged_newest_checkpoint_is_passed_over_with_the_same_bits_at_the_end(
     assert "going on from step 6" in said
     assert lines_without_timing(tmp_path / "broken") == lines_without_timing(tmp_path / "whole")
     assert [path.name for path in (tmp_path / "broken" / "set_aside").iterdir()] == ["checkpoints-8-0"]
+
+
+def test_damaged_best_gives_way_to_the_one_before_and_none_whole_is_an_error(tmp_path, capsys):
+    settings = tiny_experiment()
+    result = train(settings, tmp_path, model=TinyModel())
+    (tmp_path / "result.json").unlink()
+    older, newer = sorted((tmp_path / "best").iterdir(), key=lambda path: int(path.name))
+    assert int(newer.name) == result.best_step
+    (newer / "meta" / "metadata").write_text("{}")
+    again = train(settings, tmp_path, model=TinyModel())
+    assert again.best_step == int(older.name)
+    valid = {line["step"]: line["accuracy"] for line in read_metrics(tmp_path) if line["kind"] == "valid"}
+    assert again.best_valid_accuracy == valid[again.best_step]
+    assert f"best/{result.best_step} is damaged" in capsys.readouterr().out
+
+    (tmp_path / "result.json").unlink()
+    (older / "meta" / "metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match="checkpoint=latest"):
+        train(settings, tmp_path, model=TinyModel())
+
+
+def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hax_jax.training.loop.MetricsWriter.write", full)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        train(tiny_experiment(), tmp_path, model=TinyModel())
 
 
 def test_model_of_the_settings_trains_and_is_restored(tmp_path):

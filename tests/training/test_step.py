@@ -1,6 +1,7 @@
 """The update and the scoring of one batch, as pure functions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,28 @@ from hax_jax.training.step import make_eval_step, make_train_step, sequence_accu
 from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, TinyOutput, tiny_experiment
 
 
+@functools.cache
+def items():
+    """The first 96 items of the training stream."""
+    split = make_split(DATA, "train")
+    return jax.tree.map(np.asarray, jax.jit(split.materialize)(next(split.iterator(96, repeat=True))))
+
+
 def setup(model=None, **training):
-    """A compiled update, its first state, and an iterator of raw batches."""
+    """A compiled update, its first state, and an iterator of batches."""
     experiment = tiny_experiment(**training)
     settings = experiment.training
     structure, params, buffers = split_model(model or TinyModel())
     optimizer = make_optimizer(settings)
-    split = make_split(DATA, "train")
-    update = jax.jit(make_train_step(structure, split.materialize, optimizer, settings))
-    rows = settings.batch_size * settings.grad_accumulation_steps
-    raws = (
-        jax.tree.map(lambda x: x.reshape(settings.grad_accumulation_steps, -1, *x.shape[1:]), raw)
-        for raw in split.iterator(rows, repeat=True)
+    # The batches are made beforehand: compiling the stream into every update would take most of the time.
+    update = jax.jit(make_train_step(structure, lambda batch: batch, optimizer, settings))
+    shape = settings.grad_accumulation_steps, settings.batch_size
+    rows = shape[0] * shape[1]
+    batches = (
+        jax.tree.map(lambda x, i=i: x[i : i + rows].reshape(*shape, *x.shape[1:]), items())
+        for i in range(0, 96, rows)
     )
-    return update, make_state(params, buffers, optimizer, seed=0), raws
+    return update, make_state(params, buffers, optimizer, seed=0), batches
 
 
 def test_loss_and_accuracy_of_known_logits():
@@ -56,7 +65,7 @@ def test_update_is_the_gradient_of_the_documented_loss():
     raw = next(raws)
     new, metrics = update(state, raw)
 
-    batch = make_split(DATA, "train").materialize(jax.tree.map(lambda x: x[0], raw))
+    batch = jax.tree.map(lambda x: x[0], raw)
     structure, params, buffers = split_model(model)
 
     def loss(params):
@@ -172,14 +181,14 @@ def test_bfloat16_parameters_stay_bfloat16():
 def test_filler_rows_are_not_scored():
     split = make_split(DATA, "valid")
     structure, params, buffers = split_model(TinyModel())
-    eval_step = jax.jit(make_eval_step(structure))
+    eval_step, materialize = jax.jit(make_eval_step(structure)), jax.jit(split.materialize)
     shapes = {"loss": (), "num_scored": (), "accuracy": (3, 3), "num_items": (3, 3)}
     zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
     def totals(batch_size):
         sums = zeros
         for raw in split.iterator(batch_size, repeat=False):
-            sums = eval_step(params, buffers, jax.random.key(0), split.materialize(raw), sums)
+            sums = eval_step(params, buffers, jax.random.key(0), materialize(raw), sums)
         return sums
 
     # 12 items: as one batch, and as two batches of 7 with two filler rows.
