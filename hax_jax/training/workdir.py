@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from hax_jax.config import ConfigError, Experiment
+from hax_jax.training.environment import Session
 from hax_jax.training.files import write_json
 
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
@@ -58,6 +59,7 @@ class RunFolder:
     def __init__(self, path: pathlib.Path, experiment: Experiment, module: str | None = None):
         self.path = path
         self._settings: dict[str, Any] = {"module": module, "experiment": experiment.to_dict()}
+        self._session = Session(path / "run.json", experiment.model if module is None else None)
         self._is_primary = jax.process_index() == 0
 
     def __enter__(self) -> "RunFolder":
@@ -78,14 +80,18 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         if self._is_primary:
+            self._session.end()
             # Closing releases the lock, and so does the end of the process, however it ends.
             os.close(self._descriptor)
 
     def claim(self) -> None:
-        """Writes `config.json`, which from then on refuses other settings."""
+        """Writes `config.json`, which from then on refuses other settings, and in `run.json` what it runs on."""
+        if not self._is_primary:
+            return
         path = self.path / "config.json"
-        if self._is_primary and not path.exists():
+        if not path.exists():
             write_json(path, {"format_version": FORMAT_VERSION, **self._settings})
+        self._session.begin()
 
     def finish(self, result: RunResult) -> None:
         """Writes `result.json`; started again, the run only reports it."""

@@ -1,0 +1,87 @@
+"""What a run ran on is kept beside it, a session after the other."""
+
+import json
+import re
+import subprocess
+
+import jax
+import pytest
+
+import hax_jax
+from hax_jax.config import ModelConfig
+from hax_jax.training import environment
+from hax_jax.training.environment import Session, read_sessions, resolved_implementation
+from hax_jax.training.loop import train
+from tests.training.tiny import TinyModel, tiny_experiment
+
+
+def test_a_run_records_what_it_ran_on(tmp_path):
+    train(tiny_experiment(num_steps=2), tmp_path, model=TinyModel())
+    (session,) = read_sessions(tmp_path / "run.json")
+    assert session["command"].startswith("python ")
+    assert session["device"]["kind"] == jax.devices()[0].device_kind
+    assert session["device"]["count"] == jax.device_count()
+    assert session["versions"]["jax"] == jax.__version__
+    assert session["versions"]["hax_jax"] == hax_jax.__version__
+    assert {"python", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= session["versions"].keys()
+    assert session["platform"]
+    assert 0 < session["seconds"] < 300
+    # A module of one's own resolves its implementations itself.
+    assert session["implementation"] is None
+    # A finished run only reports its result.
+    train(tiny_experiment(num_steps=2), tmp_path, model=TinyModel())
+    assert len(read_sessions(tmp_path / "run.json")) == 1
+
+
+def test_sessions_are_kept_in_order_and_one_that_is_killed_has_no_end(tmp_path):
+    path = tmp_path / "run.json"
+    Session(path, ModelConfig()).begin()
+    second = Session(path, ModelConfig(implementation="reference"))
+    second.begin()
+    second.begin()
+    second.end()
+    sessions = read_sessions(path)
+    assert [session["implementation"] for session in sessions] == ["xla", "reference"]
+    assert sessions[0]["seconds"] is None and sessions[1]["seconds"] >= 0
+
+
+def test_a_session_that_never_began_leaves_no_trace(tmp_path):
+    Session(tmp_path / "run.json", ModelConfig()).end()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"format_version": 2, "sessions": []}'])
+def test_an_unreadable_record_does_not_stop_a_run(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    assert read_sessions(path) == []
+    Session(path, None).begin()
+    assert len(read_sessions(path)) == 1
+
+
+def test_the_commit_is_that_of_the_checkout_or_unknown(monkeypatch, tmp_path):
+    found = environment.commit()
+    if found["commit"] is not None:
+        assert re.fullmatch("[0-9a-f]{40}", found["commit"])
+        assert isinstance(found["uncommitted_changes"], bool)
+
+    inside = tmp_path / "somebody_elses" / "package"
+    inside.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(inside.parent)], check=True)
+    settings = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    message = ["commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run(["git", "-C", str(inside), *settings, *message], check=True)
+    monkeypatch.setattr(environment, "CHECKOUT", inside)
+    assert environment.commit() == {"commit": None, "uncommitted_changes": None}
+    monkeypatch.setattr(environment, "CHECKOUT", inside.parent)
+    assert environment.commit()["uncommitted_changes"] is False
+
+
+@pytest.mark.parametrize(("asked", "resolved"), [("auto", "xla"), ("xla", "xla"), ("reference", "reference")])
+def test_implementation_is_named_as_it_resolves(asked, resolved):
+    assert resolved_implementation(ModelConfig(implementation=asked)) == resolved
+
+
+def test_the_record_is_plain_json(tmp_path):
+    Session(tmp_path / "run.json", None).begin()
+    assert json.loads((tmp_path / "run.json").read_text())["format_version"] == environment.FORMAT_VERSION
