@@ -97,7 +97,8 @@ def commit() -> dict[str, Any]:
     # An installed package may lie inside somebody else's repository.
     if len(head) != 2 or pathlib.Path(head[0]).resolve() != CHECKOUT:
         return unknown
-    return {"commit": head[1], "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": head[1], "uncommitted_changes": changed}
 
 
 def git(*arguments: str) -> str:

@@ -85,7 +85,7 @@ class RunFolder:
             os.close(self._descriptor)
 
     def claim(self) -> None:
-        """Writes `config.json`, which from then on refuses other settings, and in `run.json` what it runs on."""
+        """Writes `config.json`, which then refuses other settings, and in `run.json` where it runs."""
         if not self._is_primary:
             return
         path = self.path / "config.json"
