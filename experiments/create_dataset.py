@@ -18,6 +18,7 @@ Exit status: 0 done, 2 bad input or a folder that cannot be used, 130 interrupte
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -83,9 +84,9 @@ def _flag_values() -> flags.FlagValues:
 
 def _plan(values: flags.FlagValues) -> Plan:
     names = ("min_n_context", "max_n_context", "min_n_key", "max_n_key", "n_value", "seed", "n_eval_per_pair")
-    settings = {name: values[name].value for name in names}
-    config = DataConfig(data_dir=values["data_dir"].value, **settings)
-    return Plan(config, values["n_train_per_pair"].value, tuple(values["splits"].value), values["text"].value)
+    given: dict[str, Any] = {name: values[name].value for name in values}
+    config = DataConfig(data_dir=given["data_dir"], **{name: given[name] for name in names})
+    return Plan(config, given["n_train_per_pair"], tuple(given["splits"]), given["text"])
 
 
 def _say(line: str) -> None:

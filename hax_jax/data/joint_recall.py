@@ -257,8 +257,8 @@ class PublishedItems:
             new[pair] = {item.tobytes() for item in items}
             if len(new[pair]) < len(items) or not seen.isdisjoint(new[pair]):
                 return False
-        for pair, items in new.items():
-            self._seen[pair] |= items
+        for pair, seen in self._seen.items():
+            seen |= new[pair]
         return True
 
     def _draw_one_by_one(self) -> np.ndarray:

@@ -19,7 +19,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...], bound: float, dtype: jnp.dty
 
 def time_step_bias(
     key: jax.Array, size: int, low: float, high: float, floor: float, dtype: jnp.dtype
-) -> Float[Array, "size"]:
+) -> Float[Array, " size"]:
     """Biases whose softplus is log-uniform in [low, high], and at least `floor`."""
     exponent = jax.random.uniform(key, (size,), jnp.float32, math.log(low), math.log(high))
     step = jnp.maximum(jnp.exp(exponent), floor)

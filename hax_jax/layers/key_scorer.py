@@ -1,5 +1,7 @@
 """The network that scores keys for key selection, and its loss."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ class KeyScorer(nnx.Module):
 
     def __init__(self, state_size: int, *, scale: float, precision: Precision, rngs: nnx.Rngs):
         width = 2 * state_size
-        settings = {"scale": scale, "use_bias": True, "precision": precision, "rngs": rngs}
+        settings: dict[str, Any] = {"scale": scale, "use_bias": True, "precision": precision, "rngs": rngs}
         self.layers = nnx.List([Linear(width, out, **settings) for out in (width, width, 1)])
 
     def __call__(self, k: Float[Array, "b t n"], summary: Float[Array, "b t n"]) -> Float[Array, "b t"]:

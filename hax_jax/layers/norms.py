@@ -9,7 +9,7 @@ from hax_jax.layers.precision import Precision
 from hax_jax.ops.numerics import wide
 
 
-def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
+def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """weight x / sqrt(mean(x^2) + eps) over the last axis; the result is at least float32."""
     dtype = wide(x.dtype, weight.dtype)
     x = x.astype(dtype)
@@ -17,7 +17,7 @@ def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> 
 
 
 def gated_rms_norm(
-    x: Float[Array, "*b d"], gate: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float
+    x: Float[Array, "*b d"], gate: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float
 ) -> Float[Array, "*b d"]:
     """`rms_norm` of x SiLU(gate): the gate comes first (Mamba-2, arXiv 2405.21060, section 7)."""
     dtype = wide(x.dtype, gate.dtype, weight.dtype)

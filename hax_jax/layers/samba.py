@@ -1,5 +1,7 @@
 """What Samba adds to Mamba: sliding-window attention and a gated MLP."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,7 +43,11 @@ class WindowAttention(nnx.Module):
         self.config = config
         self.precision = Precision.named(config.precision)
         size = config.hidden_size
-        settings = {"scale": config.initializer_range, "precision": self.precision, "rngs": rngs}
+        settings: dict[str, Any] = {
+            "scale": config.initializer_range,
+            "precision": self.precision,
+            "rngs": rngs,
+        }
         self.q_proj = Linear(size, size, **settings)
         self.k_proj = Linear(size, size, **settings)
         self.v_proj = Linear(size, size, **settings)
@@ -79,7 +85,7 @@ class SwiGLU(nnx.Module):
     """(SiLU(x W_gate) x W_up) W_down, after Shazeer (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        settings = {
+        settings: dict[str, Any] = {
             "scale": config.initializer_range,
             "precision": Precision.named(config.precision),
             "rngs": rngs,

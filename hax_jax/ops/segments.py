@@ -42,6 +42,6 @@ def running_sum(x: Array, segment_ids: Int[Array, "b t"] | None) -> Array:
     return lax.associative_scan(combine, (x, restart), axis=1)[0]
 
 
-def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]) -> jax.Array:
+def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, ...]) -> jax.Array:
     """The ids, or one segment a row where there are none."""
     return jnp.zeros(shape, jnp.int32) if segment_ids is None else segment_ids

@@ -12,7 +12,7 @@ IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1
 def causal_conv1d(
     x: Float[Array, "b t c"],
     weight: Float[Array, "w c"],
-    bias: Float[Array, "c"] | None = None,
+    bias: Float[Array, " c"] | None = None,
     *,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: str | None = None,

@@ -11,7 +11,7 @@ IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd}
 def ssd(
     x: Float[Array, "b t h p"],
     dt: Float[Array, "b t h"],
-    A: Float[Array, "h"],
+    A: Float[Array, " h"],
     B: Float[Array, "b t g n"],
     C: Float[Array, "b t g n"],
     *,
