@@ -52,7 +52,9 @@ def _number(default: float, low: float, high: float = float("inf"), open_low: bo
         return (value > low if open_low else value >= low) and value <= high and abs(value) < float("inf")
 
     lower = f"> {low}" if open_low else f">= {low}"
-    return _field(default, f"a finite number {lower}" + (f" and <= {high}" if high < float("inf") else ""), check)
+    return _field(
+        default, f"a finite number {lower}" + (f" and <= {high}" if high < float("inf") else ""), check
+    )
 
 
 def _choice(default: str, choices: tuple[str, ...]) -> Any:
@@ -168,12 +170,16 @@ class ModelConfig(_Checked):
     def check_combinations(self) -> None:
         if self.pad_token_id >= self.vocab_size:
             raise ConfigError(
-                "model.pad_token_id", f"below model.vocab_size={self.vocab_size}", self.pad_token_id,
+                "model.pad_token_id",
+                f"below model.vocab_size={self.vocab_size}",
+                self.pad_token_id,
                 "the pad is a token of the vocabulary",
             )
         if self.time_step_min > self.time_step_max:
             raise ConfigError(
-                "model.time_step_min", f"at most model.time_step_max={self.time_step_max}", self.time_step_min,
+                "model.time_step_min",
+                f"at most model.time_step_max={self.time_step_max}",
+                self.time_step_min,
                 "swap the two",
             )
         if self.arch == "mamba2":
@@ -193,7 +199,9 @@ class ModelConfig(_Checked):
             )
         if self.num_heads % self.n_groups:
             raise ConfigError(
-                "model.n_groups", f"a divisor of model.num_heads={self.num_heads}", self.n_groups,
+                "model.n_groups",
+                f"a divisor of model.num_heads={self.num_heads}",
+                self.n_groups,
                 "every group serves the same number of heads",
             )
 
@@ -210,30 +218,40 @@ class ModelConfig(_Checked):
     def _check_sources(self) -> None:
         if self.arch == "samba":
             raise ConfigError(
-                "model.sparse_arch", "'none' for samba", self.sparse_arch,
+                "model.sparse_arch",
+                "'none' for samba",
+                self.sparse_arch,
                 "use model.arch='mamba' or 'mamba2' for a sparse branch",
             )
         for source in self.sources:
             if source not in SOURCES:
                 raise ConfigError(
-                    "model.sparse_arch", "'none' or sources joined by '+'", self.sparse_arch,
+                    "model.sparse_arch",
+                    "'none' or sources joined by '+'",
+                    self.sparse_arch,
                     f"{source!r} is not a source; the sources are {', '.join(SOURCES)}",
                 )
         if len(set(self.sources)) != len(self.sources):
             raise ConfigError(
-                "model.sparse_arch", "sources that differ from each other", self.sparse_arch,
+                "model.sparse_arch",
+                "sources that differ from each other",
+                self.sparse_arch,
                 "name each source once; raise model.sparse_keys for more keys",
             )
         if self.keys_per_source < 1:
             raise ConfigError(
-                "model.sparse_keys", f"at least {len(self.sources)}, a key for each source of {self.sparse_arch!r}",
-                self.sparse_keys, "raise it or name fewer sources",
+                "model.sparse_keys",
+                f"at least {len(self.sources)}, a key for each source of {self.sparse_arch!r}",
+                self.sparse_keys,
+                "raise it or name fewer sources",
             )
         if "dilated" in self.sources and self.dilation < 1:
             raise ConfigError(
                 "model.sparse_keys",
-                f"at most {self.data_max_length * len(self.sources)} for model.data_max_length={self.data_max_length}",
-                self.sparse_keys, "lower it, or raise model.data_max_length",
+                f"at most {self.data_max_length * len(self.sources)}, "
+                f"a key in model.data_max_length={self.data_max_length} for each source",
+                self.sparse_keys,
+                "lower it, or raise model.data_max_length",
             )
 
 
@@ -278,16 +296,23 @@ class DataConfig(_Checked):
             low, high = getattr(self, f"min_n_{kind}"), getattr(self, f"max_n_{kind}")
             if low > high:
                 raise ConfigError(
-                    f"data.min_n_{kind}", f"at most data.max_n_{kind}={high}", low, "lower it or raise the maximum"
+                    f"data.min_n_{kind}",
+                    f"at most data.max_n_{kind}={high}",
+                    low,
+                    "lower it or raise the maximum",
                 )
         if self.padded_length > MAX_LENGTH:
             raise ConfigError(
-                "data.max_n_key", f"small enough for sequences of at most {MAX_LENGTH} tokens", self.max_n_key,
+                "data.max_n_key",
+                f"small enough for sequences of at most {MAX_LENGTH} tokens",
+                self.max_n_key,
                 f"these tables make sequences of {self.padded_length} tokens",
             )
         if "dataset" in (self.train_source, self.eval_source) and not self.data_dir:
             raise ConfigError(
-                "data.data_dir", "the folder of the data set, since a split comes from 'dataset'", self.data_dir,
+                "data.data_dir",
+                "the folder of the data set, since a split comes from 'dataset'",
+                self.data_dir,
                 "make one with `python experiments/create_dataset.py --data_dir=DIR`",
             )
 
@@ -320,13 +345,17 @@ class TrainingConfig(_Checked):
         if self.schedule != "constant":
             if self.warmup_steps >= self.num_steps:
                 raise ConfigError(
-                    "training.warmup_steps", f"below training.num_steps={self.num_steps} for a decaying schedule",
-                    self.warmup_steps, "shorten the warm-up or use training.schedule='constant'",
+                    "training.warmup_steps",
+                    f"below training.num_steps={self.num_steps} for a decaying schedule",
+                    self.warmup_steps,
+                    "shorten the warm-up or use training.schedule='constant'",
                 )
             if self.final_learning_rate > self.learning_rate:
                 raise ConfigError(
-                    "training.final_learning_rate", f"at most training.learning_rate={self.learning_rate}",
-                    self.final_learning_rate, "a schedule decays to a floor",
+                    "training.final_learning_rate",
+                    f"at most training.learning_rate={self.learning_rate}",
+                    self.final_learning_rate,
+                    "a schedule decays to a floor",
                 )
 
 
@@ -343,7 +372,9 @@ class Experiment(_Checked):
     def check_combinations(self) -> None:
         if self.data.min_vocab_size > self.model.vocab_size:
             raise ConfigError(
-                "model.vocab_size", f"at least {self.data.min_vocab_size} for these tables", self.model.vocab_size,
+                "model.vocab_size",
+                f"at least {self.data.min_vocab_size} for these tables",
+                self.model.vocab_size,
                 "raise it, or lower data.n_value, data.max_n_key or data.max_n_context",
             )
 
@@ -368,10 +399,13 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
     for name, value in values.items():
         path = f"{prefix}{name}"
         if name not in fields:
-            raise ConfigError(path, "a known field", value, f"the fields here are {', '.join(sorted(fields))}")
-        if dataclasses.is_dataclass(fields[name].type):
+            raise ConfigError(
+                path, "a known field", value, f"the fields here are {', '.join(sorted(fields))}"
+            )
+        group = fields[name].type
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
             if not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
                 raise ConfigError(path, "a group of fields", value, f"for example {path}.NAME=VALUE")
-            value = _build(fields[name].type, value, f"{path}.")
+            value = _build(group, value, f"{path}.")
         arguments[name] = value
     return kind(**arguments)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hax_jax.models import LanguageModel
 from hax_jax.training.state import split_model
 
 Arrays = Mapping[str, np.ndarray]
@@ -60,7 +61,7 @@ def _same(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def entries(model: nnx.Module) -> tuple[Entry, ...]:
+def entries(model: LanguageModel) -> tuple[Entry, ...]:
     """All trainable parameters of a `LanguageModel` with their counterparts in the original."""
     _, params, _ = split_model(model)
     samba = model.config.arch == "samba"
@@ -84,7 +85,7 @@ def _entry(name: str, shape: tuple[int, ...], samba: bool) -> Entry:
     return Entry(name, original, shape, _same, _same)
 
 
-def load_state_dict(model: nnx.Module, state_dict: Arrays) -> None:
+def load_state_dict(model: LanguageModel, state_dict: Arrays) -> None:
     """Puts the original's weights into `model`, in place, in the model's parameter dtype.
 
     Raises:
@@ -97,10 +98,13 @@ def load_state_dict(model: nnx.Module, state_dict: Arrays) -> None:
     for entry in known:
         got = state_dict.get(entry.original_name)
         if got is not None and tuple(got.shape) != entry.original_shape:
-            problems.append(f"{entry.original_name} has shape {tuple(got.shape)}, expected {entry.original_shape}")
+            problems.append(
+                f"{entry.original_name} has shape {tuple(got.shape)}, expected {entry.original_shape}"
+            )
     if problems:
         raise StateDictError(
-            f"the state dict does not fit the model: {'; '.join(problems)}; check the model's sizes and sources"
+            f"the state dict does not fit the model: {'; '.join(problems)}; "
+            "check the model's sizes and sources"
         )
     variables = _variables(model)
     for entry in known:
@@ -109,18 +113,20 @@ def load_state_dict(model: nnx.Module, state_dict: Arrays) -> None:
         variable[...] = jnp.asarray(entry.to_ours(np.asarray(state_dict[entry.original_name])), dtype)
 
 
-def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
     """The model's weights under the original's names and in its layout."""
     _, params, _ = split_model(model)
     return rename(model, params)
 
 
-def rename(model: nnx.Module, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def rename(model: LanguageModel, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Arrays that go with the model's parameters (gradients, say), by our names, under the original's."""
-    return {entry.original_name: entry.to_original(np.asarray(values[entry.name])) for entry in entries(model)}
+    return {
+        entry.original_name: entry.to_original(np.asarray(values[entry.name])) for entry in entries(model)
+    }
 
 
-def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+def _variables(model: LanguageModel) -> dict[str, nnx.Variable]:
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         found[".".join(map(str, path))] = variable

@@ -61,6 +61,7 @@ class BranchOutput:
       output: (b, t, e), `attention` times the learned scale E.
       attention: (b, t, e).
       queries, keys: (b, t, n); the keys already divided by sqrt(n).
+      values: (b, t, e), the branch's input.
       key_set: the visible keys; `key_set.sources` is in the order of `sparse_arch`.
       gate_loss: scalar, 0 without key selection or outside training.
       key_scores: (b, t), None without key selection.
@@ -71,6 +72,7 @@ class BranchOutput:
     attention: jax.Array
     queries: jax.Array
     keys: jax.Array
+    values: jax.Array
     key_set: KeySet
     gate_loss: jax.Array
     key_scores: jax.Array | None = None
@@ -173,7 +175,7 @@ class HaxBranch(nnx.Module):
             implementation=self.config.op_implementation,
         )[:, :, 0]
         output = (attention * self.output_scale[...]).astype(self.precision.activation)
-        result = BranchOutput(output, attention, queries, keys, key_set, jnp.zeros(()), key_scores)
+        result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()), key_scores)
         if not train or key_scores is None:
             return result
         return self._with_gate_loss(result, sequence, draws)
@@ -200,10 +202,15 @@ class HaxBranch(nnx.Module):
             elif name in _HASHES:
                 projection = draws.projection if draws.projection is not None else self._fixed_projection()
                 query_code, key_code = (
-                    _HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection) for x in (queries, keys)
+                    _HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection)
+                    for x in (queries, keys)
                 )
-                counts_and_orders = bucket_orders(query_code, key_code, segment_ids=ids, implementation=chosen)
-                sources.append(HashBuckets(size, query_code, counts_and_orders[0], key_code, counts_and_orders[1]))
+                counts_and_orders = bucket_orders(
+                    query_code, key_code, segment_ids=ids, implementation=chosen
+                )
+                sources.append(
+                    HashBuckets(size, query_code, counts_and_orders[0], key_code, counts_and_orders[1])
+                )
             else:
                 key_scores = self.scorer(keys, rule.query_summary(queries, sequence))
                 scores = lax.stop_gradient(key_scores)
@@ -219,6 +226,7 @@ class HaxBranch(nnx.Module):
         return self.projection[...]
 
     def _with_gate_loss(self, result: BranchOutput, sequence: Sequence, draws: RoutingDraws) -> BranchOutput:
+        assert result.key_scores is not None
         if draws.noise is None:
             raise ValueError(
                 "`draws.noise` must be an array in training with key selection, got None; pass "
@@ -235,4 +243,3 @@ class HaxBranch(nnx.Module):
             segment_ids=sequence.segment_ids,
         )
         return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
-

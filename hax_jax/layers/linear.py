@@ -53,7 +53,9 @@ class Embedding(nnx.Module):
     """Token vectors, and the logits that the same vectors give when used as output layer (`attend`)."""
 
     def __init__(self, vocab_size: int, size: int, *, scale: float, precision: Precision, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(initializers.normal(rngs.params(), (vocab_size, size), scale, precision.param))
+        self.embedding = nnx.Param(
+            initializers.normal(rngs.params(), (vocab_size, size), scale, precision.param)
+        )
         self.precision = precision
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:

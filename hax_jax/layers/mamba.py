@@ -1,5 +1,7 @@
 """The mixer of Mamba-1, with the sparse attention branch where the configuration has one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,13 @@ class CausalConv(nnx.Module):
     """`ops.causal_conv1d` with a learned filter and bias, uniform in +-`bound` or N(0, `scale`) and 0."""
 
     def __init__(
-        self, channels: int, config: ModelConfig, *, bound: float | None = None, scale: float = 0.0, rngs: nnx.Rngs
+        self,
+        channels: int,
+        config: ModelConfig,
+        *,
+        bound: float | None = None,
+        scale: float = 0.0,
+        rngs: nnx.Rngs,
     ):
         dtype = Precision.named(config.precision).param
         shape = (config.conv_kernel, channels)
@@ -58,11 +66,14 @@ class Mamba(nnx.Module):
         self.config = config
         self.precision = precision = Precision.named(config.precision)
         inner, state, rank = config.inner_size, config.state_size, config.time_step_rank
-        settings = {"scale": config.initializer_range, "precision": precision, "rngs": rngs}
+        settings: dict[str, Any] = {"scale": config.initializer_range, "precision": precision, "rngs": rngs}
         self.in_proj = Linear(config.hidden_size, 2 * inner, **settings)
         self.conv = CausalConv(inner, config, bound=config.conv_kernel**-0.5, rngs=rngs)
         self.x_proj = Linear(inner, rank + 2 * state, **settings)
-        self.dt_proj = Linear(rank, inner, kernel_bound=rank**-0.5, use_bias=True, precision=precision, rngs=rngs)
+        self.dt_proj = Linear(
+            rank, inner, kernel_bound=rank**-0.5, use_bias=True, precision=precision, rngs=rngs
+        )
+        assert self.dt_proj.bias is not None
         self.dt_proj.bias[...] = initializers.time_step_bias(
             rngs.params(),
             inner,
@@ -89,7 +100,9 @@ class Mamba(nnx.Module):
         state = self.config.state_size
         x, gate = jnp.split(self.in_proj(u), 2, axis=-1)
         x = sequence.hide_pads(self.conv(sequence.hide_pads(x), sequence))
-        rank_dt, B, C = jnp.split(self.x_proj(x), [self.config.time_step_rank, self.config.time_step_rank + state], -1)
+        rank_dt, B, C = jnp.split(
+            self.x_proj(x), [self.config.time_step_rank, self.config.time_step_rank + state], -1
+        )
         dt = self.dt_proj(rank_dt)
         A_log = self.A_log[...]
         wide_dtype = wide(A_log.dtype)

@@ -1,6 +1,7 @@
 """Tokens to logits: embedding, blocks of [norm, mixer, residual], norm, and the embedding as output layer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), and in Samba + mlp(norm(.)) after it."""
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
-        norm = {"eps": config.norm_eps, "precision": Precision.named(config.precision)}
+        norm: dict[str, Any] = {"eps": config.norm_eps, "precision": Precision.named(config.precision)}
         self.norm = RMSNorm(config.hidden_size, **norm)
         self.mixer = _make_mixer(config, index, rngs)
         self.arch, self.routing = config.arch, config.routing
@@ -98,7 +99,11 @@ class LanguageModel(nnx.Module):
         self.config = config
         precision = Precision.named(config.precision)
         self.embeddings = Embedding(
-            config.vocab_size, config.hidden_size, scale=config.initializer_range, precision=precision, rngs=rngs
+            config.vocab_size,
+            config.hidden_size,
+            scale=config.initializer_range,
+            precision=precision,
+            rngs=rngs,
         )
         self.layers = nnx.List([Block(config, index, rngs=rngs) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, precision=precision)
@@ -141,12 +146,12 @@ class LanguageModel(nnx.Module):
           A `ModelOutput`.
 
         Raises:
-          ValueError: random numbers are needed and neither `key` nor `draws` is given; segment ids with parity
-            routing; shapes that do not fit.
+          ValueError: random numbers are needed and neither `key` nor `draws` is given; segment ids with
+            parity routing; shapes that do not fit.
         """
         sequence = RULES[self.config.routing].make_sequence(padding_mask, segment_ids, self.config.arch)
         if draws is None:
-            draws = self.draw(key, *tokens.shape, train)
+            draws = self.draw(key, tokens.shape[0], tokens.shape[1], train)
         x = self.embeddings(tokens)
         layers = []
         for layer, layer_draws in zip(self.layers, draws, strict=True):

@@ -17,7 +17,10 @@ def wide(*dtypes: jnp.dtype) -> jnp.dtype:
 def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     """`jnp.einsum` that accumulates in, and returns, at least float32."""
     return jnp.einsum(
-        subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=wide(*(x.dtype for x in operands))
+        subscripts,
+        *operands,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=wide(*(x.dtype for x in operands)),
     )
 
 

@@ -4,11 +4,24 @@ import dataclasses
 import json
 import pathlib
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 
 from hax_jax.config import ModelConfig
+
+# What NumPy raises over a file that is cut off, damaged or something else.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class GoldenError(ValueError):
@@ -43,20 +56,16 @@ class GoldenFile:
                 self.arrays = {name: archive[name] for name in archive.files}
         except FileNotFoundError as error:
             raise GoldenError(f"{self.path}: no such file; check the path") from error
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-            # zlib.error is no subclass of these on every platform; it is caught by name below.
-            raise self._unreadable(error) from error
-        except Exception as error:
-            if type(error).__name__ != "error":
-                raise
-            raise self._unreadable(error) from error
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise GoldenError(
+                f"{self.path}: must be a whole .npz archive of plain arrays ({reason}); copy it again"
+            ) from error
         for name, array in self.arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise GoldenError(f"{self.path}: {name} must be finite, got NaN or infinity; the file is damaged")
-
-    def _unreadable(self, error: Exception) -> GoldenError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return GoldenError(f"{self.path}: must be an .npz archive of plain arrays ({reason}); copy it again")
+                raise GoldenError(
+                    f"{self.path}: {name} must be finite, got NaN or infinity; the file is damaged"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -65,7 +74,9 @@ class GoldenFile:
         try:
             return self.arrays[name]
         except KeyError:
-            raise GoldenError(f"{self.path}: array {name} is missing; the file is of another kind or cut short") from None
+            raise GoldenError(
+                f"{self.path}: array {name} is missing; the file is of another kind or cut short"
+            ) from None
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays whose names start with `prefix`, by the rest of the name."""
@@ -73,10 +84,16 @@ class GoldenFile:
 
     @property
     def meta(self) -> dict[str, Any]:
+        """The file's description of itself."""
         try:
-            return json.loads(str(self["meta_json"]))
+            meta = json.loads(str(self["meta_json"]))
         except json.JSONDecodeError as error:
-            raise GoldenError(f"{self.path}: meta_json must be JSON ({error}); copy the file again") from error
+            raise GoldenError(
+                f"{self.path}: meta_json must be JSON ({error}); copy the file again"
+            ) from error
+        if not isinstance(meta, dict):
+            raise GoldenError(f"{self.path}: meta_json must be an object, got {type(meta).__name__}")
+        return meta
 
     def partner(self, suffix: str) -> "GoldenFile":
         """The file that this one, named `..._<suffix>.npz`, takes its inputs from."""
@@ -87,7 +104,15 @@ def model_config(meta: dict[str, Any], precision: str) -> ModelConfig:
     """Our configuration of the model that `meta_json` describes."""
     original = meta["config"]
     arch = meta["base_arch"]
-    names = ("vocab_size", "hidden_size", "state_size", "expand", "conv_kernel", "time_step_rank", "pad_token_id")
+    names: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "state_size",
+        "expand",
+        "conv_kernel",
+        "time_step_rank",
+        "pad_token_id",
+    )
     if arch == "mamba2":
         names += ("num_heads", "head_dim", "n_groups")
     fields = {name: original[name] for name in names if name in original}

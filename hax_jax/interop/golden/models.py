@@ -54,7 +54,8 @@ def make_draws(golden: GoldenFile, prefix: str, num_layers: int, dtype, step: in
         return jnp.asarray(values, dtype)
 
     return tuple(
-        RoutingDraws(array(f"{prefix}layer{i}/hash_proj"), array(f"{prefix}layer{i}/noise")) for i in range(num_layers)
+        RoutingDraws(array(f"{prefix}layer{i}/hash_proj"), array(f"{prefix}layer{i}/noise"))
+        for i in range(num_layers)
     )
 
 
@@ -144,7 +145,9 @@ def _check_arrays(mode: str, expected, output: ModelOutput, valid: np.ndarray, s
     by_quantity: dict[str, list[tuple[float, float]]] = {}
     for index, layer in enumerate(output.layers):
         prefix = f"layer{index}/"
-        layer_expected = {name.removeprefix(prefix): x for name, x in expected.items() if name.startswith(prefix)}
+        layer_expected = {
+            name.removeprefix(prefix): x for name, x in expected.items() if name.startswith(prefix)
+        }
         for quantity, error, limit in _layer_errors(layer, layer_expected, valid, tolerance, LOSS * scale):
             by_quantity.setdefault(quantity, []).append((error, limit))
     for quantity, found in by_quantity.items():
@@ -163,9 +166,10 @@ def _layer_errors(layer, expected, valid, tolerance, loss_tolerance):
     for name, got in floats.items():
         if name in expected:
             yield name, largest_difference(got, expected[name], valid), tolerance
-    if "attn_states" in expected:
-        by_time = np.moveaxis(expected["attn_states"], 1, 2)
-        yield "attn_states", largest_difference(branch.attention, by_time, valid), tolerance
+    for name, got in (("V", branch.values), ("attn_states", branch.attention)):
+        if name in expected:
+            by_time = np.moveaxis(expected[name], 1, 2)
+            yield name, largest_difference(got, by_time, valid), tolerance
     for source in branch.key_set.sources:
         for name, attribute in (("query_bin", "query_code"), ("key_bin", "key_code")):
             if name in expected and hasattr(source, attribute):
@@ -179,7 +183,11 @@ def _layer_errors(layer, expected, valid, tolerance, loss_tolerance):
             size = max(1.0, float(np.abs(expected[name]).max()))
             yield name, float(np.abs(np.asarray(got) - expected[name]).max()) / size, tolerance
     if "layer_gate_loss" in expected:
-        yield "layer_gate_loss", abs(float(branch.gate_loss) - float(expected["layer_gate_loss"])), loss_tolerance
+        yield (
+            "layer_gate_loss",
+            abs(float(branch.gate_loss) - float(expected["layer_gate_loss"])),
+            loss_tolerance,
+        )
 
 
 def wrong_mask_rows(key_set, mask_bits: np.ndarray, valid: np.ndarray) -> int:

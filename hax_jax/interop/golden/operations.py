@@ -31,7 +31,9 @@ def check_operation(golden: GoldenFile, implementation: str | None = None) -> li
             return (outputs["y"] * golden["cotangent"]).sum(), outputs
 
         (_, outputs), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(inputs)
-        checks = [Check(name, _error(outputs[name], want), tolerance) for name, want in golden.group("out/").items()]
+        checks = [
+            Check(name, _error(outputs[name], want), tolerance) for name, want in golden.group("out/").items()
+        ]
         worst = max(_error(grads[name], want) for name, want in golden.group("grad/").items())
         return [*checks, Check("gradients", worst, tolerance)]
 

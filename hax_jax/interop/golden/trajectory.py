@@ -43,7 +43,12 @@ def check_trajectory(golden: GoldenFile) -> list[Check]:
         batch, valid = _batch(golden, index, meta["config"]["pad_token_id"])
         draws = make_draws(golden, "rand/", len(model.layers), jnp.float32, step=index)
         params, opt_state, (loss, gate_loss, accuracy, key_sets) = step(params, opt_state, batch, draws)
-        for name, value in (("loss", loss), ("gate_loss", gate_loss), ("acc", accuracy), ("lr", schedule(index))):
+        for name, value in (
+            ("loss", loss),
+            ("gate_loss", gate_loss),
+            ("acc", accuracy),
+            ("lr", schedule(index)),
+        ):
             got[name].append(float(value))
         bits = [golden[f"mask_bits/layer{i}"][index] for i in range(len(key_sets))]
         mask_steps += any(wrong_mask_rows(k, b, valid) for k, b in zip(key_sets, bits, strict=True))
@@ -57,9 +62,14 @@ def check_trajectory(golden: GoldenFile) -> list[Check]:
     # A single prediction more or less moves an accuracy by at least 1 / (rows * scored positions).
     limits = {"loss": LOSS, "gate_loss": LOSS, "acc": 1e-6, "lr": 1e-9}
     checks = [
-        Check(name, float(np.abs(np.asarray(got[name]) - golden[name]).max()), limit) for name, limit in limits.items()
+        Check(name, float(np.abs(np.asarray(got[name]) - golden[name]).max()), limit)
+        for name, limit in limits.items()
     ]
-    return [*checks, Check("steps with another mask", float(mask_steps), 0.0), Check("parameters", worst, PARAMETER)]
+    return [
+        *checks,
+        Check("steps with another mask", float(mask_steps), 0.0),
+        Check("parameters", worst, PARAMETER),
+    ]
 
 
 def _training_config(meta) -> TrainingConfig:

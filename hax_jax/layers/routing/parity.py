@@ -26,8 +26,8 @@ def make_sequence(
     """Keeps pads as positions like all others; their inner states are zeroed by the mixers alone."""
     if segment_ids is not None:
         raise ValueError(
-            "`segment_ids` must be None with routing='parity', whose statistics run over the whole row, got an "
-            "array; use routing='causal' for packed rows"
+            "`segment_ids` must be None with routing='parity', whose statistics run over the whole row, "
+            "got an array; use routing='causal' for packed rows"
         )
     if padding_mask is not None and arch == "mamba2" and padding_mask.shape[0] == 1:
         padding_mask = None

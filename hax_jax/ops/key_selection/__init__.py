@@ -53,8 +53,8 @@ def ranking_loss(
 ) -> Float[Array, ""]:
     """Asks scores to stand in the order of their targets.
 
-    loss = mean over ordered pairs (a, c), a = c included, of BCE(sigmoid(score_a - score_c), label) with label
-    1, 0.5 or 0 where target_a is above, equal to or below target_c.
+    loss = mean over ordered pairs (a, c), a = c included, of BCE(sigmoid(score_a - score_c), label) with
+    label 1, 0.5 or 0 where target_a is above, equal to or below target_c.
 
     Args:
       scores: (b, k), the gradient's only way.

@@ -31,7 +31,9 @@ def sign_hash(x: Float[Array, "b t n"], projection: Float[Array, "n r"]) -> Int[
     """
     bits = projection.shape[1]
     if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"`projection` of sign_hash must have 1..{MAX_BITS} columns, got {bits}; lower num_hash")
+        raise ValueError(
+            f"`projection` of sign_hash must have 1..{MAX_BITS} columns, got {bits}; lower num_hash"
+        )
     positive = einsum("btn,nr->btr", x, projection) > 0
     return jnp.sum(positive * (1 << jnp.arange(bits, dtype=jnp.int32)), axis=-1, dtype=jnp.int32)
 

@@ -155,7 +155,7 @@ class KeySet:
 
     sources: tuple[Source, ...]
 
-    def tile(self, i: Int[Array, "r"], j: Int[Array, "c"]) -> Bool[Array, "b r c"]:
+    def tile(self, i: Int[Array, " r"], j: Int[Array, " c"]) -> Bool[Array, "b r c"]:
         """Visibility of every key position in `j` to every query position in `i`; the batch axis may be 1."""
         return self._union(
             i[None, :, None],
@@ -169,13 +169,19 @@ class KeySet:
         return self._union(
             i,
             j,
-            lambda array: jnp.take_along_axis(jnp.broadcast_to(array, (i.shape[0], array.shape[1])), i, axis=1),
-            lambda array: jnp.take_along_axis(jnp.broadcast_to(array, (j.shape[0], array.shape[1])), j, axis=1),
+            lambda array: jnp.take_along_axis(
+                jnp.broadcast_to(array, (i.shape[0], array.shape[1])), i, axis=1
+            ),
+            lambda array: jnp.take_along_axis(
+                jnp.broadcast_to(array, (j.shape[0], array.shape[1])), j, axis=1
+            ),
         )
 
     def _union(self, i, j, take_rows, take_columns):
         visible = [
-            source.rule(i, j, tuple(map(take_rows, source.rows())), tuple(map(take_columns, source.columns())))
+            source.rule(
+                i, j, tuple(map(take_rows, source.rows())), tuple(map(take_columns, source.columns()))
+            )
             for source in self.sources
         ]
         return functools.reduce(jnp.logical_or, visible)

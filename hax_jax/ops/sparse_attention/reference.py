@@ -17,8 +17,8 @@ def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
     scores = scale * einsum("bthn,bshn->bhts", q, k)
     seen = mask.any(-1)[:, None, :, None]
     if uniform_empty_rows:
-        # The original adds a huge negative number to hidden scores. In a row of nothing else the scores drown
-        # in it, so all weights are equal, yet their gradient goes through the softmax as if nothing were hidden.
+        # The original adds a huge negative number to hidden scores. In a row of nothing else the scores
+        # drown in it, so all weights are equal, yet the gradient is that of a softmax that hides nothing.
         scores = jnp.where(seen, scores, scores - lax.stop_gradient(scores))
         mask, seen = mask[:, None] | ~seen, jnp.ones_like(seen)
     else:

@@ -86,7 +86,7 @@ def _scores(key_set, ids, scale, uniform_empty_rows, rows, q_tile, k_tile):
     mask = key_set.tile(rows, columns) & (ids[:, rows][:, :, None] == ids[:, columns][:, None, :])
     mask = mask[:, None]
     scores = scale * einsum("bthn,bshn->bhts", q_tile, k_tile)
-    hidden = -jnp.inf
+    hidden: jax.Array | float = -jnp.inf
     if uniform_empty_rows:
         # Equal scores in a row without keys give equal weights, and the gradient of an unmasked softmax.
         hidden = jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0)
@@ -107,10 +107,14 @@ def _map_tiles(tile, rowwise, *, all_keys, sums=None):
         for begin in range(0, length, block):
             end = min(begin + block, length)
             num_keys = length if all_keys else end
-            result = tile(jnp.arange(begin, end, dtype=jnp.int32), num_keys, *(x[:, begin:end] for x in rowwise))
+            result = tile(
+                jnp.arange(begin, end, dtype=jnp.int32), num_keys, *(x[:, begin:end] for x in rowwise)
+            )
             if sums is not None:
                 result, parts = result
-                sums = tuple(total.at[:, :num_keys].add(part) for total, part in zip(sums, parts, strict=True))
+                sums = tuple(
+                    total.at[:, :num_keys].add(part) for total, part in zip(sums, parts, strict=True)
+                )
             joined.append(result)
         results = tuple(jnp.concatenate(pieces, axis=1) for pieces in zip(*joined, strict=True))
         return results if sums is None else (results, sums)

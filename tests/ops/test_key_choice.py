@@ -1,0 +1,138 @@
+"""Hash orders and lifetimes: integers, equal to the reference to the last one, ties included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hax_jax import ops
+from tests.ops.cases import lengths, make_segments, rng, segmented
+
+BATCH = 3
+
+
+@lengths
+@segmented
+def test_bucket_orders_equal_the_reference(length, segmented):
+    g = rng(5, length)
+    segment_ids = make_segments(g, BATCH, length) if segmented else None
+    fast, reference = (
+        jax.jit(functools.partial(ops.bucket_orders, segment_ids=segment_ids, implementation=form))
+        for form in ("xla", "reference")
+    )
+    for num_codes in (1, 4, 300):
+        codes = [jnp.asarray(g.integers(0, num_codes, (BATCH, length)), jnp.int32) for _ in "qk"]
+        for a, b in zip(fast(*codes), reference(*codes), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_bucket_shows_its_most_recent_keys():
+    """The rule over counts and orders against the sentence that defines it."""
+    g = rng(6)
+    length, size = 50, 3
+    codes = [jnp.asarray(g.integers(0, 4, (1, length)), jnp.int32) for _ in "qk"]
+    count, order = ops.bucket_orders(*codes)
+    key_set = ops.KeySet((ops.HashBuckets(size, codes[0], count, codes[1], order),))
+    visible = np.asarray(key_set.tile(jnp.arange(length), jnp.arange(length)))[0]
+    query_code, key_code = (np.asarray(code)[0] for code in codes)
+    for i in range(length):
+        same = [j for j in range(i + 1) if key_code[j] == query_code[i]]
+        assert set(np.flatnonzero(visible[i])) == set(same[-size:])
+
+
+SCORES = {
+    "random": lambda g, t: g.standard_normal((BATCH, t)),
+    "ties": lambda g, t: g.integers(0, 3, (BATCH, t)),
+    "equal": lambda g, t: np.zeros((BATCH, t)),
+    "rising": lambda g, t: np.tile(np.arange(t), (BATCH, 1)),
+    "falling": lambda g, t: np.tile(-np.arange(t), (BATCH, 1)),
+    "signed zeros": lambda g, t: np.where(g.random((BATCH, t)) < 0.5, 0.0, -0.0),
+}
+
+
+@lengths
+@segmented
+@pytest.mark.parametrize("num_keys", [1, 4, 200])
+def test_lifetimes_equal_the_reference(length, segmented, num_keys):
+    g = rng(7, length)
+    segment_ids = make_segments(g, BATCH, length) if segmented else None
+    fast, reference = (lifetimes(num_keys, form, segment_ids) for form in ("xla", "reference"))
+    for kind, make in SCORES.items():
+        scores = jnp.asarray(make(g, length), jnp.float32)
+        np.testing.assert_array_equal(fast(scores), reference(scores), err_msg=kind)
+
+
+@functools.cache
+def lifetimes_of_row(num_keys: int, form: str):
+    return lifetimes(num_keys, form)
+
+
+def lifetimes(num_keys: int, form: str, segment_ids=None):
+    return jax.jit(lambda x: ops.key_lifetimes(x, num_keys, segment_ids=segment_ids, implementation=form))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=24, max_size=24), st.sampled_from([1, 2, 5]))
+def test_a_query_sees_the_best_keys_of_its_prefix(scores, num_keys):
+    """Both forms against the definition: the k best of the prefix, of equal ones the earlier."""
+    for form in ("reference", "xla"):
+        expiry = np.asarray(lifetimes_of_row(num_keys, form)(jnp.asarray([scores], jnp.float32)))[0]
+        for i in range(len(scores)):
+            best = sorted(range(i + 1), key=lambda j: (-scores[j], j))[:num_keys]
+            assert {j for j in range(i + 1) if i < expiry[j]} == set(best)
+        lifetimes = np.maximum(expiry - np.arange(len(scores)), 0)
+        assert lifetimes.sum() <= num_keys * len(scores)
+
+
+def test_bfloat16_scores_keep_the_tie_rule():
+    scores = jnp.asarray(rng(8).standard_normal((2, 300)), jnp.bfloat16)
+    assert len(np.unique(np.asarray(scores, np.float32))) < scores.size
+    got = ops.key_lifetimes(scores, 8)
+    np.testing.assert_array_equal(
+        got, ops.key_lifetimes(scores.astype(jnp.float32), 8, implementation="reference")
+    )
+
+
+def test_integer_ops_stay_linear_in_memory():
+    """At 65,536 positions nothing of the size of a t x t mask, or of t x k, may appear."""
+    length = 65_536
+    vector = jax.ShapeDtypeStruct((1, length), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    for function, arguments in (
+        (lambda x: ops.key_lifetimes(x, 64), (vector,)),
+        (ops.bucket_orders, (codes, codes)),
+    ):
+        compiled = jax.jit(function).lower(*arguments).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 200 * length
+
+
+def test_hash_codes():
+    x = jnp.asarray([[[1.0, 2.0], [-1.0, 0.5], [0.0, 0.0]]])
+    projection = jnp.asarray([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+    # Bits from the least significant: x0 > 0, x1 > 0, -x0 > 0; exactly 0 is no bit.
+    np.testing.assert_array_equal(ops.sign_hash(x, projection), [[0b011, 0b110, 0]])
+    np.testing.assert_array_equal(ops.argmax_hash(x, projection), [[1, 2, 0]])
+    with pytest.raises(ValueError, match=r"must have 1\.\.31 columns, got 32; lower num_hash"):
+        ops.sign_hash(jnp.ones((1, 1, 2)), jnp.ones((2, 32)))
+
+
+def test_ranking_loss_leaves_out_invalid_keys():
+    g = rng(9)
+    scores, targets = (jnp.asarray(g.standard_normal((2, 6)), jnp.float32) for _ in "st")
+    valid = jnp.asarray([[True] * 4 + [False] * 2] * 2)
+    np.testing.assert_allclose(
+        ops.ranking_loss(scores, targets, valid), ops.ranking_loss(scores[:, :4], targets[:, :4]), rtol=1e-6
+    )
+    assert ops.ranking_loss(scores, targets, jnp.zeros_like(valid)) == 0
+
+
+def test_bad_calls_say_which_argument():
+    scores = jnp.zeros((1, 4))
+    with pytest.raises(ValueError, match="`num_keys` of key_lifetimes must be at least 1, got 0"):
+        ops.key_lifetimes(scores, 0)
+    with pytest.raises(ValueError, match="`implementation` of key_lifetimes"):
+        ops.key_lifetimes(scores, 1, implementation="mosaic_gpu")
