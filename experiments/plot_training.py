@@ -51,7 +51,7 @@ def plot(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the run in `workdir` to the file `out`; raises ConfigError where either cannot be used."""
     if out.suffix not in FORMATS:
         raise ConfigError("--out", f"a file named {', '.join(FORMATS)}", str(out), "change its ending")
-    name, entries = read_config(workdir)["name"], read_metrics(workdir)
+    name, entries = read_config(workdir)["experiment"]["name"], read_metrics(workdir)
     if not any(entry["kind"] in ("train", "valid") for entry in entries):
         raise ConfigError("workdir", "a run that has logged a step", str(workdir), "train longer")
     try:
