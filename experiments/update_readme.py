@@ -1,0 +1,139 @@
+"""Writes the README's results from the committed JSON files under results/; nobody types a number.
+
+    python experiments/update_readme.py            # rewrites what stands between the markers
+    python experiments/update_readme.py --check    # changes nothing; exit status 1 if it is out of date
+
+Exit status: 0 done, 1 out of date (with --check), 2 bad input, said in one line.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+# Works from a checkout that is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from experiments import results
+from hax_jax.config import ConfigError, DataConfig
+from hax_jax.training.files import write_atomically
+from hax_jax.training.progress import duration
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+REMEDY = "run: python experiments/update_readme.py"
+_COLUMNS = ("run", "test accuracy", "paper", "steps", "parameters", "device", "steps/s", "tokens/s", "time")
+
+
+def main(argv: Sequence[str], root: pathlib.Path = results.CHECKOUT) -> int:
+    """Runs the command line, program name first, on the checkout `root`; returns the exit status."""
+    parser = results.Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, say whether it is up to date")
+    try:
+        options = parser.parse_args(argv[1:])
+        readme = root / "README.md"
+        before = _read(readme)
+        after = fill(before, section(root))
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if after == before:
+        print("README.md is up to date")
+        return 0
+    if options.check:
+        print(f"README.md is out of date; {REMEDY}", file=sys.stderr)
+        return 1
+    write_atomically(readme, after.encode())
+    print("README.md: results rewritten")
+    return 0
+
+
+def fill(text: str, content: str) -> str:
+    """`text` with `content` between its two markers; raises ConfigError unless there is one pair of them."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before or END in after:
+        raise ConfigError("README.md", f"a text with one {BEGIN} and one {END} below", None, "restore them")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def section(root: pathlib.Path) -> str:
+    """The table of all results, then each run's circumstances, command and figure."""
+    paths = sorted((root / results.FOLDER / results.TASK).glob("*.json"))
+    found = [(path.relative_to(root), results.read(path)) for path in paths]
+    if not found:
+        return "\nNo results yet.\n"
+    lines = ["", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+    lines += [_row(_cells(path, result)) for path, result in found]
+    for path, result in found:
+        lines += ["", *_details(path, result, root)]
+    return "\n".join([*lines, ""])
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError("README.md", "a readable file", str(path), str(error)) from error
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
+    paper, speed = results.paper_accuracy(result), result["speed"]
+    device, wall = result["device"], result["seconds"]["wall"]
+    return [
+        f"[`{path.stem}`]({path.as_posix()})",
+        f"**{100 * result['test']['accuracy']:.2f}%**",
+        "" if paper is None else f"{paper:.1f}%",
+        f"{result['steps']:,}",
+        f"{result['num_parameters']:,}",
+        f"{device['count']} x {device['kind']}",
+        f"{speed['steps_per_s']:.0f}" if speed else "",
+        f"{speed['tokens_per_s'] / 1e6:.2f}M" if speed else "",
+        "" if wall is None else duration(wall),
+    ]
+
+
+def _details(path: pathlib.Path, result: dict[str, Any], root: pathlib.Path) -> list[str]:
+    experiment = results.experiment(result)
+    model, data, training = experiment.model, experiment.data, experiment.training
+    versions = result["versions"]
+    circumstances = [
+        f"seed {experiment.seed}", f"learning rate {training.learning_rate:g}",
+        f"batch {training.batch_size}", f"{model.routing} routing", f"{model.precision} precision",
+        f"trained on {_source(data, data.train_source)}",
+        f"tested on {_source(data, data.eval_source)} ({result['test']['num_items']:,} sequences)",
+        f"commit {result['commit'][:7]}",
+        *(f"{name} {versions[name]}" for name in ("jax", "python", "cuda") if name in versions),
+    ]
+    lines = [f"`{path.stem}`: {', '.join(circumstances)}. {result.get('note', '')}".rstrip(), ""]
+    lines += [f"    {_wrapped(result['command'])}"]
+    figure = path.with_suffix(".svg")
+    if (root / figure).exists():
+        text = f"{path.stem}: validation accuracy against steps, test accuracy by table size"
+        lines += ["", f"![{text}]({figure.as_posix()})"]
+    return lines
+
+
+def _wrapped(command: str) -> str:
+    """A shell command over several lines; one with quotes, which must not be broken, stays one line."""
+    if "'" in command or '"' in command:
+        return command
+    parts = textwrap.wrap(command, 100, break_long_words=False, break_on_hyphens=False)
+    return " \\\n        ".join(parts)
+
+
+def _source(data: DataConfig, source: str) -> str:
+    if source == "stream":
+        return "the stream"
+    places = {name: getattr(data, name) for name in ("train_source", "eval_source", "data_dir")}
+    is_published = data == dataclasses.replace(DataConfig(), **places)
+    return "the published data set" if is_published else "a data set"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,92 @@
+"""The README's numbers are those of the committed results."""
+
+import pytest
+
+from experiments import export_result, update_readme
+from experiments.update_readme import BEGIN, END
+from tests.experiments.finished_run import experiment, make, session
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with a README and one result."""
+    root = tmp_path / "checkout"
+    out = root / "results" / "joint_recall" / "tiny.json"
+    workdir = make(tmp_path / "run", sessions=[session()])
+    assert export_result.main(["export_result.py", str(workdir), f"--out={out}"]) == 0
+    (root / "README.md").write_text(f"# Title\n\n{BEGIN}\n{END}\n\nMore.\n")
+    return root
+
+
+def run(root, *arguments) -> int:
+    return update_readme.main(["update_readme.py", *arguments], root)
+
+
+def test_the_readme_is_up_to_date():
+    assert update_readme.main(["update_readme.py", "--check"]) == 0, update_readme.REMEDY
+
+
+def test_results_are_written_between_the_markers(checkout):
+    assert run(checkout) == 0
+    text = (checkout / "README.md").read_text()
+    assert text.startswith(f"# Title\n\n{BEGIN}\n") and text.endswith(f"{END}\n\nMore.\n")
+    assert "[`tiny`](results/joint_recall/tiny.json) | **78.12%** |  | 1,000 |" in text
+    assert "2 x NVIDIA H200 | 11 |" in text
+    assert f"    {session()['command']}\n" in text
+    assert "seed 0" in text and "tested on the stream (20 sequences)" in text
+    assert "![" not in text
+    before = text
+    assert run(checkout) == 0
+    assert (checkout / "README.md").read_text() == before
+
+
+def test_a_figure_is_shown_where_there_is_one(checkout):
+    (checkout / "results" / "joint_recall" / "tiny.svg").write_text("<svg/>")
+    assert run(checkout) == 0
+    assert "](results/joint_recall/tiny.svg)" in (checkout / "README.md").read_text()
+
+
+def test_check_says_what_is_out_of_date_and_changes_nothing(checkout, tmp_path, capsys):
+    before = (checkout / "README.md").read_text()
+    assert run(checkout, "--check") == 1
+    assert update_readme.REMEDY in capsys.readouterr().err
+    assert (checkout / "README.md").read_text() == before
+    assert run(checkout) == 0
+    assert run(checkout, "--check") == 0
+    other = make(tmp_path / "other", experiment("another"), sessions=[session()])
+    out = checkout / "results" / "joint_recall" / "another.json"
+    assert export_result.main(["export_result.py", str(other), f"--out={out}"]) == 0
+    assert run(checkout, "--check") == 1
+
+
+def test_no_results_are_said(checkout):
+    (checkout / "results" / "joint_recall" / "tiny.json").unlink()
+    assert run(checkout) == 0
+    assert "No results yet." in (checkout / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["none", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {END} {END}", f"{BEGIN} {BEGIN} {END}"]
+)
+def test_missing_markers_are_one_line_and_nothing_is_written(checkout, capsys, text):
+    (checkout / "README.md").write_text(text)
+    assert run(checkout) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: `README.md` must be")
+    assert (checkout / "README.md").read_text() == text
+
+
+def test_a_damaged_result_is_one_line(checkout, capsys):
+    (checkout / "results" / "joint_recall" / "tiny.json").write_text("{")
+    assert run(checkout) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tiny.json" in line
+
+
+def test_long_commands_are_wrapped_and_quoted_ones_are_not():
+    words = [f"--config.field{index}=value" for index in range(12)]
+    wrapped = update_readme._wrapped(" ".join(words))
+    assert all(len(line) <= 110 for line in wrapped.splitlines())
+    assert wrapped.replace("\\\n", "").split() == words
+    quoted = "python x --name='" + "long " * 40 + "'"
+    assert update_readme._wrapped(quoted) == quoted
