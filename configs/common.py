@@ -39,10 +39,13 @@ def _cpu(config: ConfigDict) -> None:
     # Fewer keys than the 43 positions.
     config.model.update(sparse_keys=16)
     config.training.update(
-        batch_size=32,
-        num_steps=2_000,
-        learning_rate=3e-3,
+        # With batches of 32 and a constant rate, one seed in four stays near 80 % for thousands of steps;
+        # so, all of four tried were above 98 %.
+        batch_size=64,
+        num_steps=1_250,
+        learning_rate=6e-3,
         warmup_steps=50,
+        schedule="cosine",
         adam_b2=0.98,
         log_every_steps=50,
         eval_every_steps=250,
