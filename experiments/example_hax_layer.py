@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if result.stopped != "finished":
+    if result.test_accuracy is None:
         return 143
     print(f"test accuracy: {100 * result.test_accuracy:.2f}%")
     return 0

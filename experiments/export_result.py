@@ -151,6 +151,8 @@ def _check_consistent(entries: dict[str, list[dict]], done: RunResult, workdir: 
 
 
 def _measured(entries: dict[str, list[dict]], done: RunResult) -> dict[str, Any]:
+    if done.best_valid_accuracy is None or done.test_accuracy is None or done.test_loss is None:
+        raise ValueError("a score is missing")
     timed = [entry for entry in entries["train"] if entry.get("steps_per_s")]
     speed = {
         name: float(f"{statistics.median(entry[name] for entry in timed):.4g}")
@@ -256,8 +258,8 @@ def _wall_seconds(sessions: list[dict[str, Any]], options: Any) -> float | None:
     """The time of all sessions; unknown where one was killed."""
     if options.wall_seconds is not None:
         return options.wall_seconds
-    times = [session.get("seconds") for session in sessions]
-    return round(sum(times), 1) if times and None not in times else None
+    times = [session["seconds"] for session in sessions if session.get("seconds") is not None]
+    return round(sum(times), 1) if times and len(times) == len(sessions) else None
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def draw(result: dict[str, Any], out: pathlib.Path) -> None:
         )
         _draw_curve(left, result)
         _draw_table(figure, right, result)
-        figure.suptitle(_title(result))
+        figure.suptitle(title(result))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
@@ -86,7 +86,8 @@ def reference_lines(result: dict[str, Any]) -> list[tuple[float, str]]:
     return lines
 
 
-def _title(result: dict[str, Any]) -> str:
+def title(result: dict[str, Any]) -> str:
+    """What stands above the figure."""
     device, experiment = result["device"], results.experiment(result)
     return (
         f"{result['name']}: {100 * result['test']['accuracy']:.2f}% on the test split, "
