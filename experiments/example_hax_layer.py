@@ -17,8 +17,8 @@ With causal routing, the default, an output depends on nothing that comes later.
 
 The network is a GRU whose state is the branch's input: the GRU knows which context and key a value belongs
 to, and the branch finds the value again. With the defaults (tables of 2-3 contexts x 2-3 keys, 4 values) it
-takes two minutes on 2 CPU cores and answers everything right. `example_transformer.py` shows the same loop
-with a model that has no branch.
+takes two to three minutes on 2 CPU cores and answers everything right. `example_transformer.py` shows the
+same loop with a model that has no branch.
 """
 
 import argparse
