@@ -112,11 +112,12 @@ def _draw_curve(axes, result: dict[str, Any]) -> None:
         )
     axes.set_xlim(0, result["steps"])
     axes.set_ylim(0, 103)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
-    axes.set_xlabel("steps (thousands)")
+    unit, name = (1000, "steps (thousands)") if result["steps"] >= 5000 else (1, "steps")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
+    axes.set_xlabel(name)
     axes.set_ylabel("accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
 
 
 def _draw_table(figure, axes, result: dict[str, Any]) -> None:
