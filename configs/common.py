@@ -36,15 +36,16 @@ def experiment(name: str, argument: str, **model: Any) -> ConfigDict:
 
 def _cpu(config: ConfigDict) -> None:
     config.data.update(min_n_context=3, max_n_context=3, min_n_key=3, max_n_key=3, n_eval_per_pair=1_000)
-    # Fewer keys than the 43 positions.
-    config.model.update(sparse_keys=16)
+    # Twice the width: narrower models need more time, and with some seeds stay near 80 % for long. Fewer keys
+    # than the 43 positions.
+    config.model.update(
+        hidden_size=2 * config.model.hidden_size, head_dim=2 * config.model.head_dim, sparse_keys=16
+    )
     config.training.update(
-        # With batches of 32 and a constant rate, one seed in four stays near 80 % for thousands of steps;
-        # so, all of four tried were above 98 %.
-        batch_size=64,
-        num_steps=1_250,
-        learning_rate=6e-3,
-        warmup_steps=50,
+        batch_size=16,
+        num_steps=2_000,
+        learning_rate=2e-3,
+        warmup_steps=100,
         schedule="cosine",
         adam_b2=0.98,
         log_every_steps=50,
