@@ -4,6 +4,8 @@ SHELL := /bin/sh
 .PHONY: help env demo test lint clean
 
 VENV ?= .venv
+# Processes that share the tests; what they cost is compiling, which uses one core each.
+WORKERS ?= auto
 # Which JAX to install: empty for the newest, or a version such as 0.11.2.
 JAX_VERSION ?=
 # cpu, cuda12 or cuda13; by default what the NVIDIA driver supports (CUDA 13 from driver 580 on), else cpu.
@@ -43,7 +45,7 @@ demo: env
 	@$(python) experiments/plot_training.py $(DEMO)
 
 test: env
-	$(python) -m pytest $(TESTS)
+	$(python) -m pytest --numprocesses=$(WORKERS) $(TESTS)
 
 lint: env
 	$(python) -m ruff check .
