@@ -3,7 +3,8 @@
     python experiments/joint_recall.py --config=configs/mamba2_hax.py
 
 Paper: 74.3 % test accuracy after 400,000 steps. 100,594 parameters.
-Time: not measured yet at this size.
+Time: on one H200 115 steps a second, so about an hour; 60,000 steps, a test accuracy of 99.05 %, took
+11 minutes (results/joint_recall/mamba2_hax.json).
 """
 
 from ml_collections import ConfigDict
