@@ -3,9 +3,10 @@
     python experiments/evaluate.py WORKDIR [--split=test] [--checkpoint=best] [--data.FIELD=VALUE ...]
 
 WORKDIR is the folder of a run. Any field of the task can be set, to other table sizes above all:
---data.min_n_context=2 --data.max_n_context=8 scores tables of 2 to 8 contexts. Sizes up to those of the
-training are possible; the model has never seen the token ids of larger ones. A run that was validated on a
-data set is scored on the stream when the sizes differ, unless --data.data_dir names a data set of them.
+--data.min_n_context=2 --data.max_n_context=8 scores tables of 2 to 8 contexts. Tables larger than those of the
+training use token ids that the model has never seen, as far as its vocabulary goes, and a line says how many.
+A run that was validated on a data set is scored on the stream when the sizes differ, unless --data.data_dir
+names a data set of them.
 
 Exit status: 0 done, 1 no whole checkpoint, 2 bad input (one line on stderr).
 """
@@ -23,6 +24,7 @@ from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training import TrainingError
 from hax_jax.training.evaluate import EvalResult
 from hax_jax.training.files import write_json
+from hax_jax.training.relabel import check_fits
 from hax_jax.training.restore import FOLDERS, Trained, load, score
 
 _SIZES = ("min_n_context", "max_n_context", "min_n_key", "max_n_key", "n_value")
@@ -35,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         _check(options)
         trained = load(options["workdir"], checkpoint=options["checkpoint"], say=_say)
         data = _task(trained.experiment.data, options)
+        unseen = check_fits(data, trained.experiment.data, trained.experiment.model.vocab_size)
+        if unseen:
+            _say(f"{unseen} token ids of these tables were never trained")
         result = score(trained, options["split"], data, options["batch_size"])
         _report(trained, data, options, result)
     except ConfigError as error:

@@ -82,24 +82,24 @@ def load(
 
 
 def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None = None) -> EvalResult:
-    """Scores a trained model on a split of the task, in tables of the same sizes or of smaller ones.
+    """Scores a trained model on a split of the task, in tables of any sizes.
 
     The largest tables of `data` decide how long the padded sequences are; the token ids stay those of the
-    training (see `relabel`).
+    training, and what is new in larger tables gets unused ids of the vocabulary (see `relabel`).
 
     Args:
       trained: from `load`.
       split: 'valid' or 'test'.
-      data: the task, the run's own or one of smaller tables.
+      data: the task, the run's own or one of other tables.
       batch_size: sequences at once; the run's `eval_batch_size` if None. Rounded up to a multiple of the
         number of devices.
 
     Raises:
-      ConfigError: `data` needs token ids that the training did not have, or its source cannot be read.
+      ConfigError: the vocabulary has too few token ids for `data`, or its source cannot be read.
     """
     mesh = make_mesh()
     experiment = trained.experiment
-    check_fits(data, experiment.data)
+    check_fits(data, experiment.data, experiment.model.vocab_size)
     size = batch_size or experiment.training.eval_batch_size
     size = -(-size // mesh.size) * mesh.size
     items = RelabeledSplit(make_split(data, split), data, experiment.data)

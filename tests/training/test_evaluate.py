@@ -10,7 +10,7 @@ from experiments import evaluate
 from hax_jax.config import ConfigError, ModelConfig
 from hax_jax.data import make_split
 from hax_jax.training import train
-from hax_jax.training.relabel import RelabeledSplit, new_names
+from hax_jax.training.relabel import RelabeledSplit, check_fits, new_names
 from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, tiny_experiment
 
 MODEL = ModelConfig(
@@ -64,7 +64,7 @@ def test_other_split_checkpoint_batch_and_sizes(run, tmp_path):
         (["RUN", "--split=train"], "`--split` must be valid or test"),
         (["RUN", "--checkpoint=last"], "one of best, latest"),
         (["RUN", "--batch_size=0"], "--batch_size"),
-        (["RUN", "--data.max_n_key=3"], "never seen the token ids"),
+        (["RUN", "--data.max_n_key=999"], "the run's vocabulary, are enough"),
         (["RUN", "--data.max_n_key=x"], "max_n_key"),
         (["RUN", "--data.min_n_key=3"], "data.min_n_key"),
         (["RUN", "--data.eval_source=dataset"], "data.data_dir"),
@@ -97,8 +97,16 @@ def test_names_of_smaller_tables():
     small = dataclasses.replace(DATA, max_n_key=1)
     np.testing.assert_array_equal(new_names(small, DATA), [*range(13), 14, 15])
     np.testing.assert_array_equal(new_names(DATA, DATA), range(16))
-    with pytest.raises(ConfigError, match=r"data.n_value"):
-        RelabeledSplit(None, dataclasses.replace(DATA, n_value=3), DATA)
+
+
+def test_names_of_larger_tables():
+    """What the training knows keeps its ids; a third key and a third context get 16 and 17."""
+    large = dataclasses.replace(DATA, max_n_key=3, max_n_context=3)
+    np.testing.assert_array_equal(new_names(large, DATA), [*range(12), 12, 13, 16, 14, 15, 17])
+    assert check_fits(large, DATA, vocab_size=18) == 2
+    assert check_fits(DATA, DATA, vocab_size=16) == 0
+    with pytest.raises(ConfigError, match=r"`data\.max_n_context` must be such that 17 token ids"):
+        check_fits(large, DATA, vocab_size=17)
 
 
 def test_relabelled_items_are_items_of_the_training_layout():
