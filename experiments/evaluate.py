@@ -3,10 +3,10 @@
     python experiments/evaluate.py WORKDIR [--split=test] [--checkpoint=best] [--data.FIELD=VALUE ...]
 
 WORKDIR is the folder of a run. Any field of the task can be set, to other table sizes above all:
---data.min_n_context=2 --data.max_n_context=8 scores tables of 2 to 8 contexts. Tables larger than those of the
-training use token ids that the model has never seen, as far as its vocabulary goes, and a line says how many.
-A run that was validated on a data set is scored on the stream when the sizes differ, unless --data.data_dir
-names a data set of them.
+--data.min_n_context=2 --data.max_n_context=8 scores tables of 2 to 8 contexts. Tables larger than those of
+the training use token ids that the model has never seen, as far as its vocabulary goes, and a line says how
+many. A run that was validated on a data set is scored on the stream when the sizes differ, unless
+--data.data_dir names a data set of them.
 
 Exit status: 0 done, 1 no whole checkpoint, 2 bad input (one line on stderr).
 """

@@ -58,8 +58,8 @@ def check_fits(data: DataConfig, trained: DataConfig, vocab_size: int) -> int:
             "data.max_n_context",
             f"such that {vocab_size} token ids, the run's vocabulary, are enough",
             data.max_n_context,
-            f"{data.max_n_context} contexts, {data.max_n_key} keys and {data.n_value} values beside those of the "
-            f"training need {needed}; lower one of them",
+            f"{data.max_n_context} contexts, {data.max_n_key} keys and {data.n_value} values beside "
+            f"those of the training need {needed}; lower one of them",
         )
     return needed - trained.min_vocab_size
 
