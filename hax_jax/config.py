@@ -18,7 +18,8 @@ SOURCES = (
     "argmax_lsh",
     "key_selection",
 )
-LSH_SOURCES = ("sign_bin_lsh", "argmax_lsh")
+# The task's pad; its other token ids are laid out in `hax_jax.data`.
+PAD_TOKEN = 3
 
 # A longer sequence is refused: positions, orders and expiries are int32, and twice the length (keys
 # and queries sorted together) has to fit.
@@ -115,11 +116,11 @@ class ModelConfig(_Checked):
     state_size: int = _integer(32, 1)
     expand: int = _integer(2, 1, 64)
     conv_kernel: int = _integer(4, 1, 64)
-    norm_eps: float = _number(1e-5, 0.0, 1.0, open_low=True)
+    norm_eps: float = _number(1e-5, 1e-30, 1.0)
     # Mamba-1 and Samba: width of the low-rank time-step projection.
     time_step_rank: int = _integer(8, 1)
-    time_step_min: float = _number(0.001, 0.0, 1e3, open_low=True)
-    time_step_max: float = _number(0.1, 0.0, 1e3, open_low=True)
+    time_step_min: float = _number(0.001, 1e-30, 1e3)
+    time_step_max: float = _number(0.1, 1e-30, 1e3)
     time_step_floor: float = _number(1e-4, 0.0, 1e3)
     # Mamba-2: heads of the state-space dual form.
     num_heads: int = _integer(8, 1)
@@ -370,6 +371,20 @@ class Experiment(_Checked):
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
     def check_combinations(self) -> None:
+        if self.model.pad_token_id != PAD_TOKEN:
+            raise ConfigError(
+                "model.pad_token_id",
+                f"{PAD_TOKEN}, the task's pad",
+                self.model.pad_token_id,
+                "leave it as it is",
+            )
+        if self.model.precision == "float64":
+            raise ConfigError(
+                "model.precision",
+                "'default', 'float32' or 'bfloat16' in training",
+                "float64",
+                "float64 is for comparisons in code, under jax.enable_x64",
+            )
         if self.data.min_vocab_size > self.model.vocab_size:
             raise ConfigError(
                 "model.vocab_size",

@@ -20,12 +20,12 @@ def rotary(x: Float[Array, "b t h p"], position: Int[Array, "b t"], theta: float
 
     Source: RoFormer (arXiv 2104.09864), in the half-split pairing.
     """
-    half = x.shape[-1] // 2
-    dtype = wide(x.dtype)
-    frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = position[:, :, None, None].astype(dtype) * frequency
+    width, dtype = x.shape[-1], wide(x.dtype)
+    # The tables are float32 whatever x is, as in the original: far along a sequence that shows.
+    frequency = 1 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = position[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 

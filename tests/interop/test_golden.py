@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import check_golden
-from hax_jax.interop.golden import GoldenError, check_file
+from hax_jax.interop.golden import Check, GoldenError, check_file
+from hax_jax.interop.golden.files import largest
 from tests import golden_data
 
 
@@ -74,9 +75,8 @@ def test_a_difference_is_noticed_in_every_quantity(golden, tmp_path):
 
 
 def test_a_nan_is_never_inside():
-    from hax_jax.interop.golden import Check
-
     assert not Check("loss", float("nan"), 1.0).inside
+    assert np.isnan(largest([0.0, float("nan"), 0.0]))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ def test_a_nan_is_never_inside():
         ({"meta_json": np.array("{}")}, "meta_json has no 'config'"),
         ({"inputs": None}, "array inputs is missing"),
         ({"meta_json": None}, "array meta_json is missing"),
+        ({"labels": np.zeros((2, 5), np.uint8)}, "its arrays or meta_json do not fit each other"),
     ],
 )
 def test_a_damaged_model_file_is_one_clear_error(golden, tmp_path, change, said):

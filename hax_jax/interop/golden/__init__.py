@@ -7,11 +7,13 @@ sources, lengths or sizes.
 import pathlib
 from collections.abc import Callable
 
+from hax_jax.config import ConfigError
 from hax_jax.interop.golden.data_set import check_data_set
 from hax_jax.interop.golden.files import Check, GoldenError, GoldenFile
 from hax_jax.interop.golden.models import check_double, check_gradients, check_model
 from hax_jax.interop.golden.operations import check_operation
 from hax_jax.interop.golden.trajectory import check_trajectory
+from hax_jax.interop.state_dict import StateDictError
 
 __all__ = ["Check", "GoldenError", "check_file"]
 
@@ -25,10 +27,17 @@ def check_file(path: str | pathlib.Path) -> list[Check]:
     golden = GoldenFile(path)
     try:
         return _check_of(golden)(golden)
+    except (GoldenError, ConfigError, StateDictError):
+        raise
     except KeyError as error:
         # Arrays that are missing say so themselves; this is an entry of the description.
         raise GoldenError(
             f"{golden.path}: meta_json has no {error}; the file is of another version"
+        ) from error
+    except (ValueError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GoldenError(
+            f"{golden.path}: its arrays or meta_json do not fit each other ({reason}); copy it again"
         ) from error
 
 

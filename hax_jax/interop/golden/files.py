@@ -5,6 +5,7 @@ import json
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _UNREADABLE = (
     TypeError,
     AttributeError,
     SyntaxError,
+    RuntimeError,
+    MemoryError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -40,6 +43,11 @@ class Check:
     def inside(self) -> bool:
         # Written so that NaN is outside.
         return bool(self.error <= self.tolerance)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error, or NaN if there is one, which Python's own max may drop."""
+    return float(np.max(list(errors)))
 
 
 class GoldenFile:
@@ -87,7 +95,7 @@ class GoldenFile:
         """The file's description of itself."""
         try:
             meta = json.loads(str(self["meta_json"]))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise GoldenError(
                 f"{self.path}: meta_json must be JSON ({error}); copy the file again"
             ) from error

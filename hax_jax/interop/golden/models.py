@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from hax_jax.data.batch import Batch
-from hax_jax.interop.golden.files import Check, GoldenFile, model_config
+from hax_jax.interop.golden.files import Check, GoldenFile, largest, model_config
 from hax_jax.interop.state_dict import load_state_dict, rename
 from hax_jax.layers import RoutingDraws
 from hax_jax.models import LanguageModel, ModelOutput, build_model
@@ -151,7 +151,7 @@ def _check_arrays(mode: str, expected, output: ModelOutput, valid: np.ndarray, s
         for quantity, error, limit in _layer_errors(layer, layer_expected, valid, tolerance, LOSS * scale):
             by_quantity.setdefault(quantity, []).append((error, limit))
     for quantity, found in by_quantity.items():
-        checks.append(Check(f"{mode}/{quantity}", max(error for error, _ in found), found[0][1]))
+        checks.append(Check(f"{mode}/{quantity}", largest(error for error, _ in found), found[0][1]))
     return checks
 
 

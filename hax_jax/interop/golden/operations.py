@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from hax_jax.config import ModelConfig
-from hax_jax.interop.golden.files import Check, GoldenError, GoldenFile
+from hax_jax.interop.golden.files import Check, GoldenError, GoldenFile, largest
 from hax_jax.layers import Sequence, WindowAttention
 from hax_jax.layers.norms import gated_rms_norm, rms_norm
 from hax_jax.ops import causal_conv1d, ranking_loss, selective_scan, ssd
@@ -34,7 +34,7 @@ def check_operation(golden: GoldenFile, implementation: str | None = None) -> li
         checks = [
             Check(name, _error(outputs[name], want), tolerance) for name, want in golden.group("out/").items()
         ]
-        worst = max(_error(grads[name], want) for name, want in golden.group("grad/").items())
+        worst = largest(_error(grads[name], want) for name, want in golden.group("grad/").items())
         return [*checks, Check("gradients", worst, tolerance)]
 
 
