@@ -6,8 +6,10 @@ runs receives these dataclasses, so a bad value is refused here, before anything
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from hax_jax.fields import Checked, ConfigError, choice, flag, integer, number, text
 
 SOURCES = (
     "full",
@@ -26,79 +28,8 @@ PAD_TOKEN = 3
 MAX_LENGTH = 2**30
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used: which field, what was expected, what came, what to do."""
-
-    def __init__(self, field: str, expected: str, got: Any, remedy: str):
-        self.field, self.expected, self.got, self.remedy = field, expected, got, remedy
-        super().__init__(f"`{field}` must be {expected}, got {got!r}; {remedy}")
-
-
-def _field(default: Any, expected: str, check: Callable[[Any], bool]) -> Any:
-    """A dataclass field that knows which values it accepts, in words and as a test."""
-    return dataclasses.field(default=default, metadata={"expected": expected, "check": check})
-
-
-def _integer(default: int, low: int, high: int = 2**31 - 1) -> Any:
-    def check(value):
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return _field(default, f"an integer in {low}..{high}", check)
-
-
-def _number(default: float, low: float, high: float = float("inf"), open_low: bool = False) -> Any:
-    def check(value):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return (value > low if open_low else value >= low) and value <= high and abs(value) < float("inf")
-
-    lower = f"> {low}" if open_low else f">= {low}"
-    return _field(
-        default, f"a finite number {lower}" + (f" and <= {high}" if high < float("inf") else ""), check
-    )
-
-
-def _choice(default: str, choices: tuple[str, ...]) -> Any:
-    return _field(default, "one of " + ", ".join(repr(c) for c in choices), lambda value: value in choices)
-
-
-def _text(default: str) -> Any:
-    return _field(default, "a string", lambda value: isinstance(value, str) and "\0" not in value)
-
-
-def _flag(default: bool) -> Any:
-    return _field(default, "True or False", lambda value: isinstance(value, bool))
-
-
 @dataclasses.dataclass(frozen=True)
-class _Checked:
-    """Base of the setting groups: checks each field when an instance is made."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if "check" in field.metadata:
-                value = getattr(self, field.name)
-                if not field.metadata["check"](value):
-                    raise ConfigError(
-                        f"{self.prefix}{field.name}",
-                        field.metadata["expected"],
-                        value,
-                        f"the default is {field.default!r}",
-                    )
-        self.check_combinations()
-
-    @property
-    def prefix(self) -> str:
-        """What precedes a field's name in an override such as `--config.model.sparse_keys=32`."""
-        name = type(self).__name__
-        return "" if name == "Experiment" else name.removesuffix("Config").lower() + "."
-
-    def check_combinations(self) -> None:
-        """Raises ConfigError where single fields are fine but do not go together."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """One architecture.
 
     The names are the original's where it has one. `sparse_arch` is 'none' or sources joined by '+';
@@ -108,40 +39,40 @@ class ModelConfig(_Checked):
     'float32', 'bfloat16' (everything, as the original trains) or 'float64' (for checks; needs x64).
     """
 
-    arch: str = _choice("mamba2", ("mamba", "mamba2", "samba"))
-    vocab_size: int = _integer(100, 5)
-    pad_token_id: int = _integer(3, 0)
-    hidden_size: int = _integer(64, 1)
-    num_layers: int = _integer(2, 1, 1000)
-    state_size: int = _integer(32, 1)
-    expand: int = _integer(2, 1, 64)
-    conv_kernel: int = _integer(4, 1, 64)
-    norm_eps: float = _number(1e-5, 1e-30, 1.0)
+    arch: str = choice("mamba2", ("mamba", "mamba2", "samba"))
+    vocab_size: int = integer(100, 5)
+    pad_token_id: int = integer(3, 0)
+    hidden_size: int = integer(64, 1)
+    num_layers: int = integer(2, 1, 1000)
+    state_size: int = integer(32, 1)
+    expand: int = integer(2, 1, 64)
+    conv_kernel: int = integer(4, 1, 64)
+    norm_eps: float = number(1e-5, 1e-30, 1.0)
     # Mamba-1 and Samba: width of the low-rank time-step projection.
-    time_step_rank: int = _integer(8, 1)
-    time_step_min: float = _number(0.001, 1e-30, 1e3)
-    time_step_max: float = _number(0.1, 1e-30, 1e3)
-    time_step_floor: float = _number(1e-4, 0.0, 1e3)
+    time_step_rank: int = integer(8, 1)
+    time_step_min: float = number(0.001, 1e-30, 1e3)
+    time_step_max: float = number(0.1, 1e-30, 1e3)
+    time_step_floor: float = number(1e-4, 0.0, 1e3)
     # Mamba-2: heads of the state-space dual form.
-    num_heads: int = _integer(8, 1)
-    head_dim: int = _integer(16, 1)
-    n_groups: int = _integer(1, 1)
+    num_heads: int = integer(8, 1)
+    head_dim: int = integer(16, 1)
+    n_groups: int = integer(1, 1)
     # Positions handled at once by the chunked scans; changes memory and rounding, not the function.
-    chunk_size: int = _integer(64, 1, 4096)
+    chunk_size: int = integer(64, 1, 4096)
     # Samba: its attention layers and its MLPs.
-    attention_heads: int = _integer(4, 1)
-    attention_window: int = _integer(64, 1, MAX_LENGTH)
-    rope_theta: float = _number(10_000.0, 0.0, 1e12, open_low=True)
-    mlp_size: int = _integer(256, 1)
+    attention_heads: int = integer(4, 1)
+    attention_window: int = integer(64, 1, MAX_LENGTH)
+    rope_theta: float = number(10_000.0, 0.0, 1e12, open_low=True)
+    mlp_size: int = integer(256, 1)
     # The sparse attention branch.
-    sparse_arch: str = _text("none")
-    sparse_keys: int = _integer(64, 1, MAX_LENGTH)
-    num_hash: int = _integer(8, 1, 31)
-    data_max_length: int = _integer(2048, 1, MAX_LENGTH)
-    routing: str = _choice("causal", ("causal", "parity"))
-    initializer_range: float = _number(0.1, 0.0, 1e3, open_low=True)
-    precision: str = _choice("default", ("default", "float32", "bfloat16", "float64"))
-    implementation: str = _choice("auto", ("auto", "reference", "xla"))
+    sparse_arch: str = text("none")
+    sparse_keys: int = integer(64, 1, MAX_LENGTH)
+    num_hash: int = integer(8, 1, 31)
+    data_max_length: int = integer(2048, 1, MAX_LENGTH)
+    routing: str = choice("causal", ("causal", "parity"))
+    initializer_range: float = number(0.1, 0.0, 1e3, open_low=True)
+    precision: str = choice("default", ("default", "float32", "bfloat16", "float64"))
+    implementation: str = choice("auto", ("auto", "reference", "xla"))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -257,7 +188,7 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
     """Joint recall: table sizes, and where each split comes from.
 
     With `max_n_context` 1 the task is multi-query associative recall. 'stream' makes items on the
@@ -265,17 +196,17 @@ class DataConfig(_Checked):
     `data_dir`.
     """
 
-    min_n_context: int = _integer(5, 1)
-    max_n_context: int = _integer(16, 1)
-    min_n_key: int = _integer(5, 1)
-    max_n_key: int = _integer(16, 1)
-    n_value: int = _integer(16, 2)
-    seed: int = _integer(1, 0, 2**32 - 1)
-    train_source: str = _choice("stream", ("stream", "dataset"))
-    eval_source: str = _choice("stream", ("stream", "dataset"))
-    data_dir: str = _text("")
+    min_n_context: int = integer(5, 1)
+    max_n_context: int = integer(16, 1)
+    min_n_key: int = integer(5, 1)
+    max_n_key: int = integer(16, 1)
+    n_value: int = integer(16, 2)
+    seed: int = integer(1, 0, 2**32 - 1)
+    train_source: str = choice("stream", ("stream", "dataset"))
+    eval_source: str = choice("stream", ("stream", "dataset"))
+    data_dir: str = text("")
     # Items of the validation and of the test split for each (n_context, n_key).
-    n_eval_per_pair: int = _integer(100, 1, 10**6)
+    n_eval_per_pair: int = integer(100, 1, 10**6)
 
     @property
     def padded_length(self) -> int:
@@ -319,28 +250,28 @@ class DataConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(_Checked):
+class TrainingConfig(Checked):
     """How a model is trained: optimiser, schedule, and what happens every so many steps."""
 
-    batch_size: int = _integer(64, 1, 10**7)
-    num_steps: int = _integer(400_000, 1)
-    learning_rate: float = _number(2e-3, 0.0, 1e3)
-    warmup_steps: int = _integer(5_000, 0)
+    batch_size: int = integer(64, 1, 10**7)
+    num_steps: int = integer(400_000, 1)
+    learning_rate: float = number(2e-3, 0.0, 1e3)
+    warmup_steps: int = integer(5_000, 0)
     # After the warm-up: constant, or a decay that reaches `final_learning_rate` at `num_steps`.
-    schedule: str = _choice("constant", ("constant", "cosine", "linear"))
-    final_learning_rate: float = _number(0.0, 0.0, 1e3)
-    weight_decay: float = _number(0.01, 0.0, 1e3)
-    adam_b1: float = _number(0.9, 0.0, 0.9999999)
-    adam_b2: float = _number(0.999, 0.0, 0.9999999)
-    adam_eps: float = _number(1e-8, 0.0, 1.0, open_low=True)
+    schedule: str = choice("constant", ("constant", "cosine", "linear"))
+    final_learning_rate: float = number(0.0, 0.0, 1e3)
+    weight_decay: float = number(0.01, 0.0, 1e3)
+    adam_b1: float = number(0.9, 0.0, 0.9999999)
+    adam_b2: float = number(0.999, 0.0, 0.9999999)
+    adam_eps: float = number(1e-8, 0.0, 1.0, open_low=True)
     # Batches whose mean gradient makes one update; `num_steps` counts updates.
-    grad_accumulation_steps: int = _integer(1, 1, 10**6)
-    gate_loss_weight: float = _number(0.1, 0.0, 1e6)
-    log_every_steps: int = _integer(100, 1)
-    eval_every_steps: int = _integer(500, 1)
-    eval_batch_size: int = _integer(480, 1, 10**7)
-    checkpoint_every_steps: int = _integer(1_000, 1)
-    tensorboard: bool = _flag(True)
+    grad_accumulation_steps: int = integer(1, 1, 10**6)
+    gate_loss_weight: float = number(0.1, 0.0, 1e6)
+    log_every_steps: int = integer(100, 1)
+    eval_every_steps: int = integer(500, 1)
+    eval_batch_size: int = integer(480, 1, 10**7)
+    checkpoint_every_steps: int = integer(1_000, 1)
+    tensorboard: bool = flag(True)
 
     def check_combinations(self) -> None:
         if self.schedule != "constant":
@@ -361,11 +292,11 @@ class TrainingConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment(_Checked):
+class Experiment(Checked):
     """One run: a model, its data and its training, under one seed."""
 
-    name: str = _text("experiment")
-    seed: int = _integer(0, 0)
+    name: str = text("experiment")
+    seed: int = integer(0, 0)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
