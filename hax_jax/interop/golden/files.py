@@ -60,7 +60,7 @@ class GoldenFile:
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 self.arrays = {name: archive[name] for name in archive.files}
         except FileNotFoundError as error:
             raise GoldenError(f"{self.path}: no such file; check the path") from error
