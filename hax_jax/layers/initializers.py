@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hax_jax.config import ModelConfig
+
 
 def normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> jax.Array:
     """N(0, scale)."""
@@ -17,11 +19,10 @@ def uniform(key: jax.Array, shape: tuple[int, ...], bound: float, dtype: jnp.dty
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def time_step_bias(
-    key: jax.Array, size: int, low: float, high: float, floor: float, dtype: jnp.dtype
-) -> Float[Array, " size"]:
-    """Biases whose softplus is log-uniform in [low, high], and at least `floor`."""
-    exponent = jax.random.uniform(key, (size,), jnp.float32, math.log(low), math.log(high))
-    step = jnp.maximum(jnp.exp(exponent), floor)
+def time_step_bias(key: jax.Array, size: int, config: ModelConfig, dtype: jnp.dtype) -> Float[Array, " size"]:
+    """Biases whose softplus is log-uniform in [time_step_min, time_step_max], and at least the floor."""
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    exponent = jax.random.uniform(key, (size,), jnp.float32, low, high)
+    step = jnp.maximum(jnp.exp(exponent), config.time_step_floor)
     # softplus(step + log(1 - exp(-step))) = step.
     return (step + jnp.log(-jnp.expm1(-step))).astype(dtype)

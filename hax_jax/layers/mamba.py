@@ -74,14 +74,7 @@ class Mamba(nnx.Module):
             rank, inner, kernel_bound=rank**-0.5, use_bias=True, precision=precision, rngs=rngs
         )
         assert self.dt_proj.bias is not None
-        self.dt_proj.bias[...] = initializers.time_step_bias(
-            rngs.params(),
-            inner,
-            config.time_step_min,
-            config.time_step_max,
-            config.time_step_floor,
-            precision.param,
-        )
+        self.dt_proj.bias[...] = initializers.time_step_bias(rngs.params(), inner, config, precision.param)
         log_states = jnp.log(jnp.arange(1, state + 1, dtype=jnp.float32))
         self.A_log = nnx.Param(jnp.tile(log_states, (inner, 1)).astype(precision.param))
         self.D = nnx.Param(jnp.ones(inner, precision.param))

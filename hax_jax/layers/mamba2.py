@@ -41,16 +41,7 @@ class Mamba2(nnx.Module):
             config.hidden_size, inner + conv_size + heads, scale=scale, precision=precision, rngs=rngs
         )
         self.conv = CausalConv(conv_size, config, scale=scale, rngs=rngs)
-        self.dt_bias = nnx.Param(
-            initializers.time_step_bias(
-                rngs.params(),
-                heads,
-                config.time_step_min,
-                config.time_step_max,
-                config.time_step_floor,
-                precision.param,
-            )
-        )
+        self.dt_bias = nnx.Param(initializers.time_step_bias(rngs.params(), heads, config, precision.param))
         self.A_log = nnx.Param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)).astype(precision.param))
         self.D = nnx.Param(jnp.ones(heads, precision.param))
         self.norm = GatedRMSNorm(inner, eps=config.norm_eps, precision=precision)
