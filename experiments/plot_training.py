@@ -88,7 +88,9 @@ def draw(entries: Sequence[dict[str, Any]], title: str, out: pathlib.Path) -> No
             ("train", {"color": TRAIN, "linewidth": 0.9}),
             ("valid", {"color": VALID, "linewidth": 1.4, "marker": "o", "markersize": 3}),
         ):
-            points = [(entry["step"], scale * entry[quantity]) for entry in entries if entry["kind"] == kind]
+            of_kind = (entry for entry in entries if entry["kind"] == kind)
+            # null where every update of an interval was refused.
+            points = [(x["step"], scale * x[quantity]) for x in of_kind if x[quantity] is not None]
             axes.plot(*zip(*points, strict=True), label=kind, **style) if points else None
         for entry in entries:
             if entry["kind"] == "test":

@@ -271,6 +271,8 @@ class TrainingConfig(Checked):
     eval_every_steps: int = integer(500, 1)
     eval_batch_size: int = integer(480, 1, 10**7)
     checkpoint_every_steps: int = integer(1_000, 1)
+    # Updates refused for a loss or gradient that is not finite, their batches skipped, before the run stops.
+    max_refused_updates: int = integer(10, 0)
     tensorboard: bool = flag(True)
 
     def check_combinations(self) -> None:

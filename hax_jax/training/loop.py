@@ -17,11 +17,12 @@ from hax_jax.config import Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
-from hax_jax.training.errors import CheckpointError, NonFiniteError, TrainingError
+from hax_jax.training.errors import CheckpointError, TrainingError
 from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_eval_step
 from hax_jax.training.metrics import MetricsWriter, has_tensorboard
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.progress import Console, Progress, duration
+from hax_jax.training.refused import Refusals
 from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
@@ -59,7 +60,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
 
     Raises:
       ConfigError: a setting cannot be used, or `workdir` holds another run. Nothing has been changed.
-      NonFiniteError: the loss or a gradient became infinite or not a number.
+      NonFiniteError: more updates than `max_refused_updates` were refused because the loss or a gradient was
+        infinite or not a number.
       CheckpointError: the state could not be saved at the end.
       TrainingError: the base of these; by itself, a file could not be read or written.
     """
@@ -139,6 +141,7 @@ class _Run:
         self.step = self.last_saved = self.last_valid = 0
         self.best = _Best()
         self.unwritten: tuple[int, Any] | None = None
+        self.refusals = Refusals(experiment, folder.path, say)
 
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, or begins."""
@@ -155,6 +158,7 @@ class _Run:
             self.batches.set_state(restored.meta["data"])
             self.step = self.last_saved = restored.step
             self.last_valid, self.best = restored.meta["last_valid"], _Best(**restored.meta["best"])
+            self.refusals.count = int(restored.arrays["refused"])
             self.console.line(f"going on from step {self.step}, saved in {self.checkpoints.folder}")
         board = self.training.tensorboard
         if board and not has_tensorboard():
@@ -205,11 +209,15 @@ class _Run:
             self.console.line(
                 f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
             )
-            return RunResult("interrupted", self.step, self.best.step, self.best.accuracy)
+            return RunResult(
+                "interrupted", self.step, self.best.step, self.best.accuracy,
+                refused_updates=self.refusals.count,
+            )
         self.metrics.write(self.step, "test", {"loss": test.loss, "accuracy": test.accuracy})
         self.metrics.flush()
         result = RunResult(
-            "finished", self.step, self.best.step, self.best.accuracy, test.accuracy, test.loss, test.table()
+            "finished", self.step, self.best.step, self.best.accuracy, test.accuracy, test.loss, test.table(),
+            self.refusals.count,
         )
         self.folder.finish(result)
         self.console.line(
@@ -274,13 +282,13 @@ class _Run:
             return
         (step, metrics), self.unwritten = self.unwritten, None
         values = {name: x.item() for name, x in jax.device_get(metrics).items()}
-        self._check_finite(values.pop("bad_step"))
+        self._check_refused(values["refused"], values.pop("bad_step"))
         self.metrics.write(step, "train", {**values, **self.progress.log(step, values)})
 
     def _validate(self) -> None:
         begin = time.perf_counter()
         self._write_metrics()
-        self._check_finite(int(jax.device_get(self.state.bad_step)))
+        self._check_refused(int(jax.device_get(self.state.refused)), int(jax.device_get(self.state.bad_step)))
         scores = self._score(Purpose.VALID, self.state.params, self.state.buffers)
         if scores is None:
             return
@@ -308,7 +316,7 @@ class _Run:
             return
         begin = time.perf_counter()
         self._write_metrics()
-        self._check_finite(int(jax.device_get(self.state.bad_step)))
+        self._check_refused(int(jax.device_get(self.state.refused)), int(jax.device_get(self.state.bad_step)))
         self.metrics.flush()
         self.checkpoints.save(self.step, self.state, self._meta() | {"data": self.batches.get_state()})
         self.last_saved = self.step
@@ -322,20 +330,16 @@ class _Run:
             "versions": {"hax_jax": hax_jax.__version__, "jax": jax.__version__, "flax": flax.__version__},
         }
 
-    def _check_finite(self, bad_step: int) -> None:
-        if bad_step < 0:
+    def _check_refused(self, count: int, bad_step: int) -> None:
+        """Says which updates were refused, and ends the run where they are too many."""
+        if not self.refusals.note(count, bad_step):
             return
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()
-        steps = self.checkpoints.steps()
+        steps, folder = self.checkpoints.steps(), self.checkpoints.folder
         kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-        training, precision = self.training, self.experiment.model.precision
-        raise NonFiniteError(
-            f"The loss or its gradient was infinite or not a number at step {bad_step}; the update was "
-            f"refused and {kept} in {self.checkpoints.folder}. Things to try, in a new workdir: a lower "
-            f"training.learning_rate (now {training.learning_rate:g}), a longer training.warmup_steps (now "
-            f"{training.warmup_steps}), model.precision='float32' (now {precision!r})."
-        )
+        self.metrics.flush()
+        raise self.refusals.report(self.state, f"{kept} in {folder}")
 
     def _read_best(self) -> dict[str, Any]:
         """The arrays of the best checkpoint, or of the next best if that one is damaged."""

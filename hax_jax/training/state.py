@@ -11,6 +11,8 @@ from flax import nnx
 
 # Metrics that are summed on the device from one log step to the next.
 SUMMED = ("loss", "gate_loss", "accuracy", "grad_norm", "tokens", "steps")
+# What is kept of an update that was refused.
+BAD_PARTS = ("loss", "gate_loss", "grad_norm")
 
 
 class Purpose(enum.IntEnum):
@@ -31,13 +33,16 @@ class TrainState:
     costs the host microseconds. Memory: four copies of the parameters while a step runs.
 
     Attributes:
-      step: () int32, updates made.
+      step: () int32, batches taken: updates made, and updates refused.
       params: trainable arrays by name.
       buffers: the module's other variables by name (fixed hash projections, running statistics).
       opt_state: the optimiser's state.
       key: the run's PRNG key; never changes, everything random is folded from it, a purpose and the step.
       sums: () float32 each, the metrics of `SUMMED` added up since the last log step.
-      bad_step: () int32, -1, or the step whose loss or gradient was not finite. Once set nothing changes.
+      refused: () int32, updates refused because a loss or gradient was not finite. Above
+        `max_refused_updates` nothing changes any more.
+      bad_step: () int32, -1, or the step last refused.
+      bad_parts: () float32 each, what that step had computed for `BAD_PARTS`.
     """
 
     # As every pytree it also holds shapes, dtypes or shardings in place of the arrays.
@@ -47,7 +52,9 @@ class TrainState:
     opt_state: Any
     key: Any
     sums: dict[str, Any]
+    refused: Any
     bad_step: Any
+    bad_parts: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +110,9 @@ def make_state(
         opt_state=optimizer.init(params),
         key=jax.random.key(seed),
         sums={name: jnp.zeros((), jnp.float32) for name in SUMMED},
+        refused=jnp.zeros((), jnp.int32),
         bad_step=jnp.full((), -1, jnp.int32),
+        bad_parts={name: jnp.zeros((), jnp.float32) for name in BAD_PARTS},
     )
 
 

@@ -13,7 +13,7 @@ from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
 from hax_jax.training.adapter import logits_and_gate_loss
 from hax_jax.training.optimizer import learning_rate_schedule
-from hax_jax.training.state import SUMMED, ModelStructure, Purpose, TrainState, buffers_of
+from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, TrainState, buffers_of
 
 Sums = dict[str, Any]
 
@@ -43,11 +43,13 @@ def make_train_step(
     loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss. `raw` has
     leading axes (grad_accumulation_steps, batch_size); the losses of its batches are joined so that the
     gradient is that of one batch of all their rows. An update whose loss or gradient is not finite is
-    refused: the state stays as it is for good, with `bad_step` set.
+    refused: the state stays the last good one, the batch is skipped and counted, and the step counts as made.
+    The refusal after `max_refused_updates` of them ends the run: from then on nothing changes any more.
 
     Metrics are means since the last log step, which the state carries, so that a resumed run logs the same
     numbers: `loss` is the cross-entropy alone, `gate_loss` the unweighted gate loss, `tokens` the tokens of
-    an update that are not padding. `learning_rate` is that of this update.
+    an update that are not padding; refused updates are left out of them (NaN where all were refused).
+    `learning_rate` is that of this update, `refused` and `bad_step` are the state's.
 
     Args:
       structure: the module without its arrays.
@@ -72,21 +74,15 @@ def make_train_step(
             grads, parts, buffers = _accumulate(gradient, materialize, state, raw, key)
         parts |= {"grad_norm": optax.global_norm(grads), "steps": jnp.float32(1.0)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        starts = state.step % training.log_every_steps == 0
         parts = {name: x.astype(jnp.float32) for name, x in parts.items()}
-        sums = {name: jnp.where(starts, 0.0, state.sums[name]) + parts[name] for name in SUMMED}
         new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            buffers=buffers,
-            opt_state=opt_state,
-            sums=sums,
+            state, params=optax.apply_updates(state.params, updates), buffers=buffers, opt_state=opt_state
         )
-        finite = jnp.isfinite(parts["loss"] + parts["gate_loss"] + parts["grad_norm"])
-        new = _refuse_unless(finite & (state.bad_step < 0), new, state)
-        metrics = {name: sums[name] / sums["steps"] for name in SUMMED if name != "steps"}
-        metrics |= {"learning_rate": schedule(state.step), "bad_step": new.bad_step}
+        finite = jnp.isfinite(parts["loss"] + parts["gate_loss"] + parts["grad_norm"]) & _all_finite(buffers)
+        new = _accept_or_refuse(finite, new, state, parts, training)
+        metrics = {name: new.sums[name] / new.sums["steps"] for name in SUMMED if name != "steps"}
+        metrics["learning_rate"] = schedule(state.step - state.refused)
+        metrics |= {"refused": new.refused, "bad_step": new.bad_step}
         return new, metrics
 
     return train_step
@@ -167,11 +163,37 @@ def _at_least_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _refuse_unless(accepted, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where `accepted`, else `old` with the step that was refused, the first one."""
+def _accept_or_refuse(
+    finite, new: TrainState, old: TrainState, parts: Sums, training: TrainingConfig
+) -> TrainState:
+    """`new` with its metrics where `finite`, else `old` with the refusal counted; see `make_train_step`."""
+    runs = old.refused <= training.max_refused_updates
+    accepted, skipped = finite & runs, ~finite & runs
+    refused = old.refused + skipped
     kept = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
-    bad_step = jnp.where(accepted | (old.bad_step >= 0), old.bad_step, old.step)
-    return dataclasses.replace(kept, bad_step=bad_step)
+    starts = runs & (old.step % training.log_every_steps == 0)
+    sums = {
+        name: jnp.where(starts, 0.0, old.sums[name]) + jnp.where(accepted, parts[name], 0.0)
+        for name in SUMMED
+    }
+    return dataclasses.replace(
+        kept,
+        # The step of the refusal that ends the run is not made: its number is that of the state kept.
+        step=old.step + (refused <= training.max_refused_updates),
+        sums=sums,
+        refused=refused,
+        bad_step=jnp.where(skipped, old.step, old.bad_step),
+        bad_parts={name: jnp.where(skipped, parts[name], old.bad_parts[name]) for name in BAD_PARTS},
+    )
+
+
+def _all_finite(arrays: dict[str, Any]):
+    """Whether no number among the arrays is infinite or undefined."""
+    finite = jnp.asarray(True)
+    for array in arrays.values():
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            finite &= jnp.all(jnp.isfinite(array))
+    return finite
 
 
 def _scored(batch: Batch):

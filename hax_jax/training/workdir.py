@@ -25,13 +25,14 @@ class RunResult:
 
     Attributes:
       stopped: 'finished', or 'interrupted' by a signal after saving.
-      steps: updates made.
+      steps: batches taken: updates made, and those refused.
       best_step: the step of the best validation accuracy, whose checkpoint is tested; None before any.
       best_valid_accuracy: that accuracy, in [0, 1].
       test_accuracy: accuracy on the test split in [0, 1]; None unless finished.
       test_loss: cross-entropy on the test split in nats per scored position.
       test_by_size: the test split by table size: `n_context`, `n_key` (lists of sizes), `accuracy` (a row a
         context count, a column a key count) and `num_items`.
+      refused_updates: batches skipped because their loss or gradient was not finite.
     """
 
     stopped: str
@@ -41,6 +42,7 @@ class RunResult:
     test_accuracy: float | None = None
     test_loss: float | None = None
     test_by_size: dict[str, Any] | None = None
+    refused_updates: int = 0
 
 
 class RunFolder:

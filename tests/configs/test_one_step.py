@@ -36,7 +36,7 @@ def test_takes_a_step(row):
     # Chance is ln 100 = 4.6 nats; the first logits are small beside it.
     assert 3.5 < metrics["loss"] < 6.0
     assert (metrics["gate_loss"] > 0) == ("key_selection" in experiment.model.sources)
-    assert int(after.step) == 1 and int(after.bad_step) == -1
+    assert int(after.step) == 1 and int(after.refused) == 0
     for name, value in after.params.items():
         assert np.isfinite(value).all(), name
         if value.ndim > 1:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from hax_jax.config import ConfigError, ModelConfig
+from hax_jax.data import make_split
 from hax_jax.training import (
     CheckpointError,
     NonFiniteError,
@@ -137,17 +138,47 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_non_finite_loss_stops_with_what_to_know(tmp_path, where):
-    settings = tiny_experiment(checkpoint_every_steps=1, eval_every_steps=100, log_every_steps=4)
-    with pytest.raises(NonFiniteError) as error:
-        train(settings, tmp_path, model=Breaking(where))
-    message = str(error.value)
-    assert "at step 2;" in message
-    assert "the last good checkpoint is of step 2" in message
-    assert "learning_rate" in message
+def test_non_finite_loss_is_skipped_and_counted_then_stops_with_a_report(tmp_path, where, capsys):
+    settings = tiny_experiment(
+        checkpoint_every_steps=1, eval_every_steps=100, log_every_steps=1, max_refused_updates=2
+    )
+    for _ in range(2):
+        # The second start goes on from the last good state and comes to the same end.
+        with pytest.raises(NonFiniteError) as error:
+            train(settings, tmp_path, model=Breaking(where))
+        message = str(error.value)
+        assert "at step 4 (loss" in message and "3 refused updates" in message
+        assert "the last good checkpoint is of step 4" in message
+        assert "learning_rate" in message and "\n" not in message
+        report = json.loads((tmp_path / "non_finite.json").read_text())
+        assert (report["refused_updates"], report["last_refused_step"]) == (3, 4)
+        assert report["items_there"] == {"split": "train", "first": 32, "count": 8}
+        assert "nan" in report["computed_there"].values() or "inf" in report["computed_there"].values()
+    said = capsys.readouterr().out
+    assert "step 2: the loss or a gradient was infinite or not a number; the update was refused" in said
+    assert "(2 so far, at most 2)" in said
+    assert [line["refused"] for line in read_metrics(tmp_path)] == [0, 0, 1, 2]
     assert not (tmp_path / "result.json").exists()
     trained = load(tmp_path, checkpoint="latest", model=Breaking(where))
     assert np.isfinite(trained.params["weight"]).all()
+
+
+def test_run_with_skipped_batches_finishes_and_says_how_many(tmp_path):
+    sums = _batch_sums(tiny_experiment(), steps=(3, 8))
+    result = train(tiny_experiment(), tmp_path, model=Breaking("loss", sums))
+    assert (result.stopped, result.steps, result.refused_updates) == ("finished", 12, 2)
+    lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert [line["refused"] for line in lines] == [0, 1, 1, 1, 2, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert not (tmp_path / "non_finite.json").exists()
+
+
+def _batch_sums(settings, steps):
+    """The token sums of the batches of these steps, by which `Breaking` knows them."""
+    split = make_split(settings.data, "train")
+    batches = split.iterator(settings.training.batch_size, repeat=True)
+    raws = [next(batches) for _ in range(max(steps) + 1)]
+    return [int(jax.jit(split.materialize)(raws[step]).tokens.sum()) for step in steps]
 
 
 def _interrupt_at(step, settings, folder, number=signal.SIGTERM, model=None):

@@ -1,6 +1,5 @@
 """The update and the scoring of one batch, as pure functions."""
 
-import dataclasses
 import functools
 
 import jax
@@ -133,41 +132,85 @@ def test_metrics_are_means_since_the_last_log_step():
 
 
 class Counter(nnx.Variable):
-    """Calls in training so far."""
+    """Updates made in training so far."""
 
 
 class Breaking(nnx.Module):
-    """Adds to the loss, from the third step on, something that is not finite, or only its gradient is not."""
+    """In some steps adds to the loss what is not finite, or only the gradient or a statistic is not.
 
-    def __init__(self, where):
+    It knows the step by the tokens alone: what it counts itself is rolled back with a refused update.
+
+    Args:
+      where: 'loss', 'gradient' or 'buffer'.
+      sums: token sums of the batches that break it; None for every batch after the second update.
+    """
+
+    def __init__(self, where, sums=None):
         self.weight = nnx.Param(jnp.ones((4, VOCAB_SIZE)))
         self.calls = Counter(jnp.zeros(()))
-        self.where = where
+        self.where, self.sums = where, sums
 
     def __call__(self, tokens, *, padding_mask, key, train):
         broken = self.calls[...] >= 2
-        self.calls[...] += 1
+        if self.sums is not None:
+            broken = jnp.any(tokens.sum() == jnp.asarray(self.sums))
+        if train:
+            self.calls[...] += jnp.where(broken & (self.where == "buffer"), jnp.inf, 1.0)
+        extra = 0.0
         if self.where == "loss":
             extra = jnp.where(broken, jnp.nan, 0.0)
-        else:
+        elif self.where == "gradient":
             # A square root is finite at 0, its gradient is not.
             extra = jnp.sqrt(jnp.where(broken, 0.0, 1.0) * jnp.sum(jnp.square(self.weight[...])))
         return TinyOutput(self.weight[...][tokens % 4], extra)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_update_that_is_not_finite_is_refused_for_good(where):
-    update, state, raws = setup(Breaking(where), warmup_steps=0)
+@pytest.mark.parametrize("where", ["loss", "gradient", "buffer"])
+def test_updates_that_are_not_finite_are_refused_up_to_a_number(where):
+    update, state, raws = setup(Breaking(where), warmup_steps=0, max_refused_updates=2)
     states = [state]
-    for _ in range(5):
+    for _ in range(7):
         state, metrics = update(state, next(raws))
         states.append(state)
-    assert [int(s.bad_step) for s in states] == [-1, -1, -1, 2, 2, 2]
-    assert int(metrics["bad_step"]) == 2
-    assert int(states[-1].step) == 2
+    assert [int(s.refused) for s in states] == [0, 0, 0, 1, 2, 3, 3, 3]
+    assert [int(s.bad_step) for s in states] == [-1, -1, -1, 2, 3, 4, 4, 4]
+    # Two refusals are steps without an update, the third ends the run where it stands.
+    assert [int(s.step) for s in states] == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert (int(metrics["refused"]), int(metrics["bad_step"])) == (3, 4)
+    assert all(np.isfinite(list(states[-1].bad_parts.values()))) == (where == "buffer")
+    for name in ("params", "buffers", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(states[-1], name), getattr(states[2], name))
     assert np.isfinite(states[-1].params["weight"]).all()
-    last_good, kept = (dataclasses.replace(states[i], bad_step=0, key=0) for i in (2, -1))
-    jax.tree.map(np.testing.assert_array_equal, kept, last_good)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "buffer"])
+def test_after_a_refused_batch_goes_on_as_if_it_had_not_been_there(where):
+    """Injection into the second and fourth of six batches: the updates are those of the other four."""
+    batches = list(setup()[2])[:6]
+    sums = [int(batches[i].tokens.sum()) for i in (1, 3)]
+    model = Breaking(where, sums)
+    update, state, _ = setup(model, warmup_steps=0, log_every_steps=6)
+    other = state
+    for batch in batches:
+        state, metrics = update(state, batch)
+    losses = []
+    for batch in (batches[i] for i in (0, 2, 4, 5)):
+        before = float(other.sums["loss"]) if losses else 0.0
+        other, other_metrics = update(other, batch)
+        losses.append(float(other.sums["loss"]) - before)
+    assert (int(state.refused), int(state.bad_step), int(state.step)) == (2, 3, 6)
+    for name in ("params", "buffers", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(other, name))
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
+    assert metrics["learning_rate"] == other_metrics["learning_rate"]
+
+
+def test_metrics_of_an_interval_without_an_update_are_undefined():
+    update, state, raws = setup(Breaking("loss"), warmup_steps=0, log_every_steps=2)
+    for _ in range(4):
+        state, metrics = update(state, next(raws))
+    assert np.isnan(metrics["loss"]) and np.isnan(metrics["accuracy"])
+    assert int(metrics["refused"]) == 2
 
 
 def test_bfloat16_parameters_stay_bfloat16():
