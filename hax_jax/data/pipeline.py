@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -166,6 +167,7 @@ class _StoredItems(Split):
         )
 
 
+@jax.named_scope("materialize")
 def _batch(tokens: Any, raw: RawBatch, config: DataConfig) -> Batch:
     """Splits padded items (b, padded_length) into input and target, with the masks that follow from sizes."""
     n_context, n_key = stream.table_sizes(jnp.asarray(raw["index"]), config)

@@ -56,6 +56,7 @@ def masks(
     return second & in_half & (place % width % 2 == 1), position < 2 * n_context[:, None] * width + 2
 
 
+@jax.named_scope("materialize")
 def make_items(index: UInt[Array, " b"], split: str, config: DataConfig) -> Int[Array, "b length"]:
     """Makes items by their numbers.
 

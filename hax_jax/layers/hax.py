@@ -121,6 +121,7 @@ class HaxBranch(nnx.Module):
         fresh = self._hashes and self._rule.FRESH_PROJECTION
         return fresh, fresh or "key_selection" in self.config.sources
 
+    @jax.named_scope("draw")
     def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> RoutingDraws:
         """Draws the random arrays of one call from `key`, which may be None where `needs_key` says so.
 
@@ -143,6 +144,7 @@ class HaxBranch(nnx.Module):
             noise = jax.random.uniform(noise_key, (batch, length), jnp.float32)
         return RoutingDraws(projection, noise)
 
+    @jax.named_scope("hax")
     def __call__(
         self,
         v: Float[Array, "b t e"],

@@ -22,12 +22,14 @@ class KeyScorer(nnx.Module):
         settings: dict[str, Any] = {"scale": scale, "use_bias": True, "precision": precision, "rngs": rngs}
         self.layers = nnx.List([Linear(width, out, **settings) for out in (width, width, 1)])
 
+    @jax.named_scope("key_scorer")
     def __call__(self, k: Float[Array, "b t n"], summary: Float[Array, "b t n"]) -> Float[Array, "b t"]:
         x = lax.stop_gradient(jnp.concatenate([k, summary], axis=-1))
         first, second, last = self.layers
         return last(jax.nn.relu(second(jax.nn.relu(first(x)))))[..., 0]
 
 
+@jax.named_scope("gate_loss")
 def gate_loss(
     scores: Float[Array, "b t"],
     q: Float[Array, "b t n"],

@@ -1,5 +1,6 @@
 """Linear map and embedding with the project's precision rules."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -41,6 +42,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size, precision.param)) if use_bias else None
         self.precision = precision
 
+    @jax.named_scope("linear")
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         matmul = self.precision.matmul
         y = einsum("...i,io->...o", x.astype(matmul), self.kernel[...].astype(matmul))
@@ -58,9 +60,11 @@ class Embedding(nnx.Module):
         )
         self.precision = precision
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         return jnp.take(self.embedding[...], tokens, axis=0).astype(self.precision.activation)
 
+    @jax.named_scope("head")
     def attend(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """x times the transposed embedding, at least float32."""
         matmul = self.precision.matmul

@@ -81,6 +81,7 @@ class Mamba(nnx.Module):
         self.out_proj = Linear(inner, config.hidden_size, **settings)
         self.hax = HaxBranch(inner, config, rngs=rngs) if config.sources else None
 
+    @jax.named_scope("mixer")
     def __call__(
         self,
         u: Float[Array, "b t d"],

@@ -50,6 +50,7 @@ class Mamba2(nnx.Module):
         self.out_proj = Linear(inner, config.hidden_size, kernel_bound=bound, precision=precision, rngs=rngs)
         self.hax = HaxBranch(inner, config, rngs=rngs) if config.sources else None
 
+    @jax.named_scope("mixer")
     def __call__(
         self,
         u: Float[Array, "b t d"],

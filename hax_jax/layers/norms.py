@@ -9,6 +9,7 @@ from hax_jax.layers.precision import Precision
 from hax_jax.ops.numerics import wide
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """weight x / sqrt(mean(x^2) + eps) over the last axis; the result is at least float32."""
     dtype = wide(x.dtype, weight.dtype)
@@ -16,6 +17,7 @@ def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) ->
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(dtype)
 
 
+@jax.named_scope("norm")
 def gated_rms_norm(
     x: Float[Array, "*b d"], gate: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float
 ) -> Float[Array, "*b d"]:

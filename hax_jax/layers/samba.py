@@ -53,6 +53,7 @@ class WindowAttention(nnx.Module):
         self.v_proj = Linear(size, size, **settings)
         self.o_proj = Linear(size, size, **settings)
 
+    @jax.named_scope("mixer")
     def __call__(self, x: Float[Array, "b t d"], sequence: Sequence) -> Float[Array, "b t d"]:
         batch, length, size = x.shape
         heads = self.config.attention_heads
@@ -94,5 +95,6 @@ class SwiGLU(nnx.Module):
         self.up_proj = Linear(config.hidden_size, config.mlp_size, **settings)
         self.down_proj = Linear(config.mlp_size, config.hidden_size, **settings)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -64,6 +64,7 @@ class Block(nnx.Module):
             self.mlp_norm = RMSNorm(config.hidden_size, **norm)
             self.mlp = SwiGLU(config, rngs=rngs)
 
+    @jax.named_scope("block")
     def __call__(
         self, x: Float[Array, "b t d"], sequence: Sequence, draws: RoutingDraws | None, train: bool
     ) -> tuple[Float[Array, "b t d"], LayerOutput]:

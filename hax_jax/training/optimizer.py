@@ -81,6 +81,7 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
             nu=jax.tree.map(jnp.zeros_like, params),
         )
 
+    @jax.named_scope("optimizer")
     def update(grads, state, params=None):
         if params is None:
             raise ValueError("`params` must be given to AdamW's update, got None; its decay needs them")

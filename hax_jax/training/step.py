@@ -18,6 +18,7 @@ from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, T
 Sums = dict[str, Any]
 
 
+@jax.named_scope("loss")
 def token_losses(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, "b t"]:
     """Cross-entropy, -log softmax(logits)[target] in nats, at scored positions; 0 elsewhere."""
     chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
@@ -25,6 +26,7 @@ def token_losses(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, "b
     return jnp.where(_scored(batch), losses, 0.0)
 
 
+@jax.named_scope("loss")
 def sequence_accuracy(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, " b"]:
     """Share of a sequence's scored positions whose most probable token is the target; 0 for filler rows."""
     scored = _scored(batch)
@@ -72,7 +74,8 @@ def make_train_step(
             )
         else:
             grads, parts, buffers = _accumulate(gradient, materialize, state, raw, key)
-        parts |= {"grad_norm": optax.global_norm(grads), "steps": jnp.float32(1.0)}
+        with jax.named_scope("update"):
+            parts |= {"grad_norm": optax.global_norm(grads), "steps": jnp.float32(1.0)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         parts = {name: x.astype(jnp.float32) for name, x in parts.items()}
         new = dataclasses.replace(
@@ -163,6 +166,7 @@ def _at_least_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
+@jax.named_scope("update")
 def _accept_or_refuse(
     finite, new: TrainState, old: TrainState, parts: Sums, training: TrainingConfig
 ) -> TrainState:

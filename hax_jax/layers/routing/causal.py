@@ -4,6 +4,7 @@ What a position's keys are depends on what came before it in its segment, and on
 segment of their own, so neither their number nor their place matters.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,6 +35,7 @@ def hash_features(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
     return x
 
 
+@jax.named_scope("query_summary")
 def query_summary(q: Float[Array, "b t n"], sequence: Sequence) -> Float[Array, "b t n"]:
     """What the key scorer knows of the queries so far.
 

@@ -9,6 +9,7 @@
    bfloat16 the stream is therefore wider than what is added to it.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -44,6 +45,7 @@ def hash_features(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
     return _divide_by_norm_over_time(x - x.mean(axis=1, keepdims=True))
 
 
+@jax.named_scope("query_summary")
 def query_summary(q: Float[Array, "b t n"], sequence: Sequence) -> Float[Array, "b t n"]:
     """The running sum of queries, each feature divided by that sum's norm over the row."""
     del sequence

@@ -9,6 +9,7 @@ from hax_jax.ops.causal_conv1d import reference, xla
 IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1d}
 
 
+@jax.named_scope("causal_conv1d")
 def causal_conv1d(
     x: Float[Array, "b t c"],
     weight: Float[Array, "w c"],

@@ -11,6 +11,7 @@ from hax_jax.ops.numerics import wide
 IMPLEMENTATIONS = {"xla": xla.key_lifetimes, "reference": reference.key_lifetimes}
 
 
+@jax.named_scope("key_lifetimes")
 def key_lifetimes(
     scores: Float[Array, "b t"],
     num_keys: int,

@@ -1,5 +1,6 @@
 """Locality-sensitive hashing: vectors to codes, codes to the integers that describe visible keys."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +13,7 @@ IMPLEMENTATIONS = {"xla": xla.bucket_orders, "reference": reference.bucket_order
 MAX_BITS = 31
 
 
+@jax.named_scope("hash")
 def sign_hash(x: Float[Array, "b t n"], projection: Float[Array, "n r"]) -> Int[Array, "b t"]:
     """Codes vectors by the signs of r projections.
 
@@ -38,6 +40,7 @@ def sign_hash(x: Float[Array, "b t n"], projection: Float[Array, "n r"]) -> Int[
     return jnp.sum(positive * (1 << jnp.arange(bits, dtype=jnp.int32)), axis=-1, dtype=jnp.int32)
 
 
+@jax.named_scope("hash")
 def argmax_hash(x: Float[Array, "b t n"], projection: Float[Array, "n r"]) -> Int[Array, "b t"]:
     """Codes vectors by which of r projections is largest; of equal ones, the first.
 
@@ -54,6 +57,7 @@ def argmax_hash(x: Float[Array, "b t n"], projection: Float[Array, "n r"]) -> In
     return jnp.argmax(einsum("btn,nr->btr", x, projection), axis=-1).astype(jnp.int32)
 
 
+@jax.named_scope("bucket_orders")
 def bucket_orders(
     query_code: Int[Array, "b t"],
     key_code: Int[Array, "b t"],

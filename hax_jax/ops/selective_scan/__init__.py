@@ -1,5 +1,6 @@
 """Selective scan: the recurrence of Mamba-1."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
@@ -8,6 +9,7 @@ from hax_jax.ops.selective_scan import reference, xla
 IMPLEMENTATIONS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
 
 
+@jax.named_scope("selective_scan")
 def selective_scan(
     x: Float[Array, "b t e"],
     dt: Float[Array, "b t e"],

@@ -1,5 +1,6 @@
 """Attention over the keys that a key set shows."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
@@ -29,6 +30,7 @@ IMPLEMENTATIONS = {"xla": xla.sparse_attention, "reference": reference.sparse_at
 EMPTY_ROWS = ("zero", "uniform")
 
 
+@jax.named_scope("sparse_attention")
 def sparse_attention(
     q: Float[Array, "b t h n"],
     k: Float[Array, "b t h n"],

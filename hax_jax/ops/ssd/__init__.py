@@ -1,5 +1,6 @@
 """SSD, the state-space dual form: the recurrence of Mamba-2."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
@@ -8,6 +9,7 @@ from hax_jax.ops.ssd import reference, xla
 IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd}
 
 
+@jax.named_scope("ssd")
 def ssd(
     x: Float[Array, "b t h p"],
     dt: Float[Array, "b t h"],
