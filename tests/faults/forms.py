@@ -1,0 +1,60 @@
+"""The forms of training that are put to the test: each trains a tiny run and returns how it ended.
+
+A form is a line of `FORMS`. Runs take a second or two with warm compilation caches, and pass through many
+log steps, evaluations and checkpoints on the way.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from hax_jax.config import Experiment, ModelConfig
+from hax_jax.training import RunResult, train
+from tests.training.tiny import VOCAB_SIZE, TinyModel, tiny_experiment
+
+# Checkpoints, evaluations and log steps fall together in some steps and apart in others.
+_OFTEN = {"num_steps": 60, "log_every_steps": 4, "eval_every_steps": 10, "checkpoint_every_steps": 6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a form trains.
+
+    Attributes:
+      train: from the folder of the run to its result; called in a process of its own.
+      devices: simulated devices of that process.
+      members: subfolders that hold what a run of one model leaves; '' is the folder itself.
+    """
+
+    train: Callable[[pathlib.Path], RunResult]
+    devices: int = 1
+    members: tuple[str, ...] = ("",)
+
+
+def _experiment(**training: Any) -> Experiment:
+    return tiny_experiment(**{**_OFTEN, **training})
+
+
+def _plain(workdir: pathlib.Path) -> RunResult:
+    return train(_experiment(tensorboard=True), workdir, model=TinyModel())
+
+
+def _accumulated(workdir: pathlib.Path) -> RunResult:
+    return train(_experiment(batch_size=4, grad_accumulation_steps=2), workdir, model=TinyModel())
+
+
+def _hax(workdir: pathlib.Path) -> RunResult:
+    model = ModelConfig(
+        arch="mamba2", vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2,
+        head_dim=8, chunk_size=8, sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2,
+    )
+    return train(dataclasses.replace(_experiment(), model=model), workdir)
+
+
+FORMS: dict[str, Form] = {
+    "plain": Form(_plain),
+    "accumulated": Form(_accumulated),
+    "hax": Form(_hax),
+    "devices": Form(_plain, devices=8),
+}
