@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from hax_jax.config import ConfigError
 from hax_jax.training.errors import CheckpointError
-from hax_jax.training.files import plain, sync_folder
+from hax_jax.training.files import check_sums, plain, sync_folder, write_sums
 from hax_jax.training.workdir import FORMAT_VERSION, config_differences
 
 Arrays = dict[str, np.ndarray]
@@ -37,8 +37,9 @@ class Checkpoints:
     """The newest few checkpoints of one kind in a folder.
 
     `save` copies the arrays to the host and returns; a thread writes them, makes them durable, reads them
-    back against their SHA-256 and only then deletes what is older than the newest `keep`. A checkpoint that
-    cannot be read whole is passed over for the next older one.
+    back against their SHA-256 and only then deletes what is older than the newest `keep`. Beside the sum over
+    all arrays `sha256.json` has one of each file, so that damaged files never reach a decoder. A checkpoint
+    that cannot be read whole is passed over for the next older one.
 
     Args:
       folder: where they lie, one subfolder a step; also an attribute.
@@ -111,6 +112,7 @@ class Checkpoints:
           CheckpointError: it is damaged or incomplete.
         """
         try:
+            check_sums(self.folder / str(step))
             stored = self._manager().restore(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
@@ -156,6 +158,7 @@ class Checkpoints:
         )
         if not saved:
             raise OSError(f"Orbax declined to save step {step}")
+        write_sums(self.folder / str(step))
         _make_durable(self.folder / str(step))
         self.read(step)
         older = [other for other in self.steps() if other < step]
@@ -303,6 +306,8 @@ def _make_durable(folder: pathlib.Path) -> None:
                 os.fsync(file.fileno())
         sync_folder(pathlib.Path(parent))
     sync_folder(folder.parent)
+    # The folder of all checkpoints may be new too.
+    sync_folder(folder.parent.parent)
 
 
 def _brief(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import jax
 
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.training.environment import Session
-from hax_jax.training.files import write_json
+from hax_jax.training.files import make_folders, write_json
 
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
 FORMAT_VERSION = 1
@@ -66,7 +66,7 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path)
             if self._is_primary:
                 self._lock()
         except OSError as error:

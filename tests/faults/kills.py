@@ -21,6 +21,7 @@ from typing import Any
 from tests.faults import session
 from tests.faults.forms import FORMS, Form
 from tests.faults.runs import Undisturbed
+from tests.faults.tally import memory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # After so many kills a run may come to its end, which takes a whole session.
@@ -162,11 +163,11 @@ def random_kill(generator: random.Random, record: dict[str, Any], left: float) -
 
 
 def try_form(
-    name: str, trials: int, seed: int, fresh_share: float, seconds: float, cache: pathlib.Path
+    name: str, trials: int, seed: int, seconds: float, fresh_share: float, cache: pathlib.Path
 ) -> Tally:
     """Kills runs of a form until so many trials are done or so many seconds have passed; at least one run."""
     tally, generator, begin = Tally(), random.Random(f"{name} {seed}"), time.monotonic()
-    with tempfile.TemporaryDirectory(dir=_memory()) as temporary:
+    with tempfile.TemporaryDirectory(dir=memory()) as temporary:
         folder = pathlib.Path(temporary)
         with Sessions(name, folder, cache) as sessions:
             reference = undisturbed(FORMS[name], sessions, folder)
@@ -211,8 +212,3 @@ def _one_run(
     if problems:
         tally.failures += max(len(orders), 1)
         tally.details.append({"orders": orders, "problems": problems})
-
-
-def _memory() -> str | None:
-    """A folder in memory, where there is one: what is tried is the order of things, not the disk."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

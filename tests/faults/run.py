@@ -1,10 +1,12 @@
 """Puts training to the test: what it must survive, tried at random, counted in results/faults/.
 
     python tests/faults/run.py kills --form=plain --trials=100
+    python tests/faults/run.py damage --trials=10000
 
 `kills` ends runs by kill -9 at random moments and holds what comes of them to an undisturbed run, bit for
-bit. Counts add up over calls; every failure is kept with the orders that led to it, and the exit status is 1.
---seed repeats the draws of an earlier call (the moments depend on the machine's speed all the same).
+bit; `damage` spoils checkpoints and reads them. Counts add up over calls; failures are kept with what led to
+them, and the exit status is 1. --seed repeats the draws of an earlier call (the moments of kills depend on
+the machine's speed all the same).
 """
 
 import argparse
@@ -14,20 +16,24 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.faults import kills, report
+from tests.faults import damage, kills, report
 from tests.faults.forms import FORMS
+
+KINDS = ("kills", "damage")
 
 
 def main() -> int:
     """Runs what the command line asks for and returns the exit status."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("what", choices=["kills"])
-    parser.add_argument("--form", action="append", choices=FORMS, help="by default all, one after the other")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--form", action="append", choices=FORMS, help="of kills; by default each of them")
     parser.add_argument("--trials", type=int, default=100, help="of each form; default 100")
     parser.add_argument("--minutes", type=float, default=60.0, help="at most, for each form; default 60")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
@@ -35,22 +41,25 @@ def main() -> int:
     parser.add_argument("--report", type=pathlib.Path, default=report.FOLDER)
     options = parser.parse_args()
     options.report.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    for form in options.form or FORMS:
-        failures += _kills(form, options)
-    return 1 if failures else 0
-
-
-def _kills(form: str, options: argparse.Namespace) -> int:
-    begin = time.monotonic()
     cache = pathlib.Path(tempfile.gettempdir()) / f"hax_jax_faults_{os.getuid()}"
-    tally = kills.try_form(
-        form, options.trials, options.seed, options.fresh, 60 * options.minutes, cache / form
-    )
-    counts, seconds = tally.counts(), time.monotonic() - begin
-    sums = report.add(options.report / "kills.json", form, counts, options.seed, seconds)
+    limits = options.trials, options.seed, 60 * options.minutes
+    if options.kind == "kills":
+        tries: dict[str, Callable[[], Any]] = {
+            form: lambda form=form: kills.try_form(form, *limits, options.fresh, cache / form)
+            for form in options.form or FORMS
+        }
+    else:
+        tries = {"checkpoints": lambda: damage.try_damage(*limits)}
+    return 1 if sum(_count(form, attempt, options) for form, attempt in tries.items()) else 0
+
+
+def _count(form: str, attempt: Callable[[], Any], options: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    tally = attempt()
+    seconds = time.monotonic() - begin
+    sums = report.add(options.report / f"{options.kind}.json", form, tally.counts(), options.seed, seconds)
     print(
-        f"{form}: {tally.failures} of {tally.trials} trials failed in {seconds:.0f} s; "
+        f"{options.kind}, {form}: {tally.failures} of {tally.trials} trials failed in {seconds:.0f} s; "
         f"{sums['failures']} of {sums['trials']} in all",
         flush=True,
     )

@@ -108,6 +108,22 @@ def test_every_damaged_file_is_noticed_or_harmless(tmp_path, said, writer, damag
     assert all("is damaged" in line for line in said)
 
 
+def test_every_file_is_summed_and_older_checkpoints_without_sums_are_read(tmp_path, said, writer):
+    """Any change is noticed before Orbax sees the files; what an earlier version wrote has no sums."""
+    checkpoints = saved(tmp_path / "c", said, writer, [1, 2])
+    (tmp_path / "c" / "2" / "more").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"2 is damaged \(not as in sha256\.json: more\)"):
+        checkpoints.read(2)
+    (tmp_path / "c" / "2" / "more").unlink()
+    assert_is(checkpoints.read(2), 2)
+    for damaged in ("", "[]", '{"format_version": 9}', '{"format_version": 1}'):
+        (tmp_path / "c" / "2" / "sha256.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="2 is damaged"):
+            checkpoints.read(2)
+    (tmp_path / "c" / "2" / "sha256.json").unlink()
+    assert_is(checkpoints.read(2), 2)
+
+
 def _damage(path: pathlib.Path, kind: str, generator: random.Random) -> None:
     content = bytearray(path.read_bytes())
     if kind == "delete":
