@@ -273,6 +273,8 @@ class TrainingConfig(Checked):
     checkpoint_every_steps: int = integer(1_000, 1)
     # Updates refused for a loss or gradient that is not finite, their batches skipped, before the run stops.
     max_refused_updates: int = integer(10, 0)
+    # Updates in one compiled program; 0: as many as suit the device and the intervals above. Same results.
+    steps_per_dispatch: int = integer(0, 0, 10_000)
     tensorboard: bool = flag(True)
 
     def check_combinations(self) -> None:

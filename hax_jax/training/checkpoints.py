@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from hax_jax.config import ConfigError
 from hax_jax.training.errors import CheckpointError
 from hax_jax.training.files import check_sums, plain, sync_folder, write_sums
-from hax_jax.training.workdir import FORMAT_VERSION, config_differences
+from hax_jax.training.workdir import FORMAT_VERSION, config_differences, settings_differences
 
 Arrays = dict[str, np.ndarray]
 
@@ -208,7 +208,7 @@ def check_matches(restored: Restored, experiment: dict[str, Any], like: Any, fol
     """
     version = restored.meta.get("format_version")
     problem = f"format_version={version!r} (here {FORMAT_VERSION})" if version != FORMAT_VERSION else ""
-    problem = problem or config_differences(restored.meta.get("experiment", {}), experiment)
+    problem = problem or settings_differences(restored.meta.get("experiment", {}), experiment)
     if not problem:
         wanted = _shapes(dict(_with_paths(jax.eval_shape(_key_data, like))))
         groups = {name.split("/")[0] for name in wanted}

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 from flax import nnx
 
 import hax_jax
@@ -17,6 +18,7 @@ from hax_jax.config import Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
+from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, steps_until_due
 from hax_jax.training.errors import CheckpointError, TrainingError
 from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_eval_step
 from hax_jax.training.metrics import MetricsWriter, has_tensorboard
@@ -32,9 +34,9 @@ from hax_jax.training.workdir import RunFolder, RunResult
 # Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
 _KEEP_NEWEST = 3
 _KEEP_BEST = 2
-# The host runs ahead of a device by about this many seconds of steps, and no more steps than this.
+# The host runs ahead of a device by about this many seconds of steps, and no more dispatches than this.
 _AHEAD_SECONDS = 0.05
-_AHEAD_STEPS = 16
+_AHEAD_DISPATCHES = 16
 # On a CPU the first steps are timed to say what the run will take, if that is longer than this many seconds.
 _STEPS_TIMED = 4
 _LONG = 3600.0
@@ -56,7 +58,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
         `TokenFunction` for plain functions. It stays as it is; `load` returns the trained one.
 
     Returns:
-      How it ended. A signal (SIGTERM, SIGINT) ends it after the step it is in, saved, as 'interrupted'.
+      How it ended. A signal (SIGTERM, SIGINT) ends it after the dispatch it is in, saved, as 'interrupted'.
 
     Raises:
       ConfigError: a setting cannot be used, or `workdir` holds another run. Nothing has been changed.
@@ -118,12 +120,14 @@ class _Run:
         self.accumulation = self.training.grad_accumulation_steps
         self.batches = splits["train"].iterator(self.training.batch_size * self.accumulation, repeat=True)
 
-        # The model, its optimiser, and one compiled update that takes over the memory of the state it gets.
+        # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         optimizer = make_optimizer(self.training)
         self.beginning = initialise.prepare(experiment, model, optimizer, self.mesh)
         structure = self.beginning.structure
+        train_step = make_train_step(structure, splits["train"].materialize, optimizer, self.training)
+        self.per_dispatch = steps_per_dispatch(self.training, self.mesh.devices.flat[0].platform)
         self.update = jax.jit(
-            make_train_step(structure, splits["train"].materialize, optimizer, self.training),
+            make_dispatch(train_step),
             donate_argnums=0,
             out_shardings=replicated(self.mesh),
         )
@@ -174,6 +178,7 @@ class _Run:
         positions = training.batch_size * self.accumulation * (self.experiment.data.padded_length - 1)
         self.progress = Progress(self.console, begin, training.num_steps, positions)
         ahead: collections.deque[jax.Array] = collections.deque()
+        said = False
         while True:
             if self._is_due(training.eval_every_steps) and self.last_valid < self.step and not self.stop:
                 self._validate()
@@ -181,18 +186,20 @@ class _Run:
                 self._save()
             if self.stop or self.step == training.num_steps:
                 break
-            metrics = self._take_step()
-            if self.step == begin + 1:
-                self._after_first_step()
+            is_first = self.step == begin
+            metrics = self._take_steps()
+            if is_first:
+                self._after_first_dispatch()
             ahead.append(metrics["bad_step"])
-            while len(ahead) > self._steps_ahead():
+            while len(ahead) > self._dispatches_ahead():
                 ahead.popleft().block_until_ready()
-            # Metrics are fetched when the next step is under way, so that the devices never wait for that.
+            # Metrics are fetched when the next dispatch is under way: the devices never wait for that.
             self._write_metrics()
             if self._is_due(training.log_every_steps):
                 self.unwritten = self.step, metrics
-            if self.step == begin + _STEPS_TIMED:
+            if not said and self.step >= begin + _STEPS_TIMED:
                 self._say_if_long()
+                said = True
             self.progress.draw(self.step)
         self.console.bar("")
 
@@ -236,17 +243,21 @@ class _Run:
     def _is_due(self, every: int) -> bool:
         return self.step > 0 and (self.step % every == 0 or self.step == self.training.num_steps)
 
-    def _take_step(self) -> dict[str, jax.Array]:
-        raw = next(self.batches)
-        raw = jax.tree.map(lambda x: x.reshape(self.accumulation, -1, *x.shape[1:]), raw)
+    def _take_steps(self) -> dict[str, jax.Array]:
+        """Starts one dispatch; the metrics are those of its last step."""
+        count = steps_until_due(self.step, self.training, self.per_dispatch)
+        rows = [next(self.batches) for _ in range(count)]
+        raws = jax.tree.map(
+            lambda *x: np.stack(x).reshape(count, self.accumulation, -1, *x[0].shape[1:]), *rows
+        )
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
-            raw = put_batch(self.mesh, raw, axis=1)
-        self.state, metrics = self.update(self.state, raw)
-        self.step += 1
+            raws = put_batch(self.mesh, raws, axis=2)
+        self.state, metrics = self.update(self.state, raws, np.int32(count))
+        self.step += count
         return metrics
 
-    def _after_first_step(self) -> None:
+    def _after_first_dispatch(self) -> None:
         jax.block_until_ready(self.state.step)
         seconds = self.progress.started(self.step)
         # From here on there is something to lose.
@@ -257,13 +268,15 @@ class _Run:
             f"{devices[0].device_kind} device{'s' if self.mesh.size > 1 else ''}"
         )
 
-    def _steps_ahead(self) -> int:
-        """How many steps may be under way when the host goes on to the next."""
+    def _dispatches_ahead(self) -> int:
+        """How many dispatches may be under way when the host goes on to the next."""
         if self._on_cpu():
             # Several programs at once on simulated devices can wait for each other for ever.
             return 1 if self.mesh.size == 1 else 0
         seconds = self.progress.seconds_per_step
-        return min(max(math.ceil(_AHEAD_SECONDS / seconds), 1), _AHEAD_STEPS) if seconds else 1
+        if not seconds:
+            return 1
+        return min(max(math.ceil(_AHEAD_SECONDS / (seconds * self.per_dispatch)), 1), _AHEAD_DISPATCHES)
 
     def _on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"

@@ -1,5 +1,6 @@
 """The folder of a run: one run at a time, one configuration for good, and its result."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,6 +16,8 @@ from hax_jax.training.files import make_folders, write_json
 
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
 FORMAT_VERSION = 1
+# Settings that say how a run is carried out, not what comes of it.
+_WITHOUT_EFFECT = (("training", "steps_per_dispatch"),)
 # A message names no more differences than this.
 _MOST_NAMED = 10
 
@@ -140,7 +143,7 @@ class RunFolder:
                 )
             return
         stored = read_config(self.path)
-        differences = config_differences(
+        differences = settings_differences(
             *({"module": x.get("module"), **x["experiment"]} for x in (stored, self._settings))
         )
         if differences:
@@ -175,6 +178,25 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
             f"its config.json has format version {version!r}; choose another folder",
         )
     return content
+
+
+def settings_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """As `config_differences`, for the settings of an experiment as nested dicts.
+
+    Fields that change no result may differ, and a field that is younger than the run has its default there.
+    """
+    defaults, here = Experiment().to_dict(), copy.deepcopy(here)
+    there = copy.deepcopy(there)
+    for group, wanted in [("", here), *here.items()]:
+        stored, default = (settings.get(group, {}) if group else settings for settings in (there, defaults))
+        if not isinstance(wanted, dict) or not isinstance(stored, dict):
+            continue
+        for name in list(wanted):
+            if name not in stored and name in default and not isinstance(default[name], dict):
+                stored[name] = default[name]
+            if (group, name) in _WITHOUT_EFFECT:
+                wanted[name] = stored[name]
+    return config_differences(there, here)
 
 
 def config_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
