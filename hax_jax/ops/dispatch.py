@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import jax
+
 NAMES = ("reference", "xla", "mosaic_gpu")
 
 
@@ -28,6 +30,17 @@ def resolve(op: str, implementation: str | None, available: Mapping[str, Callabl
             "use None to let the op choose"
         )
     return available[implementation]
+
+
+def missing_for_mosaic_gpu() -> str | None:
+    """What the default device lacks to run the Mosaic GPU kernels, or None if it can run them."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs an NVIDIA Hopper GPU, got platform {device.platform!r}"
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), got {device.device_kind} ({capability})"
+    return None
 
 
 def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[int, ...], legend: str) -> None:

@@ -127,7 +127,7 @@ def test_extreme_decays_stay_finite(name):
 def test_bad_calls_say_which_argument(name):
     function, make_inputs, settings, _ = OPS[name]
     inputs = make_inputs(8)
-    with pytest.raises(ValueError, match=rf"`implementation` of {name} must be one it has .*'mosaic_gpu'"):
+    with pytest.raises(ValueError, match=rf"`implementation` of {name} .*'mosaic_gpu'"):
         function(**inputs, implementation="mosaic_gpu", **settings)
     with pytest.raises(ValueError, match=rf"`implementation` of {name} must be None or one of .*'fast'"):
         function(**inputs, implementation="fast", **settings)

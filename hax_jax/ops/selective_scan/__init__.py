@@ -4,9 +4,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
-from hax_jax.ops.selective_scan import reference, xla
+from hax_jax.ops.selective_scan import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
+IMPLEMENTATIONS = {
+    "xla": xla.selective_scan,
+    "reference": reference.selective_scan,
+    "mosaic_gpu": mosaic_gpu.selective_scan,
+}
 
 
 @jax.named_scope("selective_scan")
@@ -34,13 +38,15 @@ def selective_scan(
       initial_state: (b, e, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions held in memory at once by 'xla'.
-      implementation: None, 'reference' (a step at a time) or 'xla' (chunks of `lax.associative_scan`).
+      implementation: None, 'reference' (a step at a time), 'xla' (chunks of `lax.associative_scan`) or
+        'mosaic_gpu' (kernels for Hopper GPUs).
 
     Returns:
       y (b, t, e) and the state after the last position (b, e, n), both at least float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation this op does not have.
+      ValueError: shapes that do not fit, an implementation this op does not have, or one that cannot run
+        this call on this device.
 
     Source: Mamba (arXiv 2312.00752), section 3.2. Memory grows as b t e, plus b chunk_size e n while a chunk
     is worked on and b (t / chunk_size) e n for the backward pass.

@@ -1,0 +1,232 @@
+"""The recurrence as kernels for NVIDIA GPUs from Hopper on, through Pallas (Mosaic GPU), with its gradients.
+
+A row has too few channels to fill a GPU, so time is cut into chunks as well. One kernel finds what every
+chunk does to a state that enters it (its decay and the state it adds); the next one joins the chunks before
+it, in order, and runs its own chunk from there. The backward pass does the same from the end, and computes
+states again from those that entered each tile of a few positions, which the forward pass saved. Nothing is
+added atomically: sums over channels, rows and chunks have one order, so the same call gives the same bits.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hax_jax.ops import dispatch, segments
+from hax_jax.ops.numerics import pad_time
+from hax_jax.ops.selective_scan import mosaic_gpu_kernels as kernels
+from hax_jax.ops.selective_scan.mosaic_gpu_kernels import Plan
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the work is cut; the defaults are what measured best (docs/performance.md).
+
+    Args:
+      steps: positions of a tile, 8 or 16; the state that enters each tile is saved for the backward pass.
+      groups: groups of 32 channels a program of the forward pass works on.
+      backward_groups: the same for the backward pass.
+      programs: programs that fill the GPU; time is cut into as many chunks as that takes.
+      backward_programs: the same for the backward pass.
+      keep_decays: whether the backward pass keeps a tile's decays in registers or computes them twice.
+      pad: pad the inputs to whole tiles, for an interpreter that does not know reads beyond the end.
+    """
+
+    steps: int = 16
+    groups: int = 1
+    backward_groups: int = 1
+    programs: int = 200
+    backward_programs: int = 200
+    keep_decays: bool = True
+    pad: bool = False
+
+    def plan(self, x: jax.Array, states: int, backward: bool) -> Plan:
+        batch, length, channels = x.shape
+        groups = self.backward_groups if backward else self.groups
+        while channels % (kernels.GROUP * groups):
+            groups //= 2
+        blocks = batch * channels // (kernels.GROUP * groups)
+        tiles = pl.cdiv(length, self.steps)
+        chunks = min(pl.cdiv(self.backward_programs if backward else self.programs, blocks), tiles)
+        # As many chunks as hold a tile each when all but the last have the same number of tiles.
+        chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
+        return Plan(batch, length, channels, states, self.steps, groups, chunks)
+
+
+def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
+    """What keeps these inputs from the kernels, or None: shapes and dtypes only, not the device."""
+    channels, states = A.shape
+    if channels % kernels.GROUP:
+        return f"`x` must have a number of channels that is be a multiple of {kernels.GROUP}, got {channels}"
+    if states not in (8, 16, 32):
+        return f"`A` must have 8, 16 or 32 states, got {states}"
+    if not x.size:
+        return f"`x` must not be empty, got shape {x.shape}"
+    for name, array in {"x": x, "dt": dt, "A": A, "B": B, "C": C}.items():
+        if array.dtype not in DTYPES:
+            return f"`{name}` must be float32 or bfloat16, got {array.dtype}"
+    return None
+
+
+def selective_scan(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+    """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
+    del chunk_size
+    if reason := why_not(x, dt, A, B, C) or dispatch.missing_for_mosaic_gpu():
+        raise ValueError(
+            f"`implementation` of selective_scan cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
+        )
+    return scan_in_tiles(x, dt, A, B, C, initial_state, segment_ids, Tiles())
+
+
+def scan_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
+    """`selective_scan` with the work cut as `tiles` says."""
+    length = x.shape[1]
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.float32)
+    reset = None
+    if segment_ids is not None:
+        reset = pad_time(segments.starts(segment_ids), tiles.steps).reshape(x.shape[0], -1, tiles.steps)
+        reset = jnp.where(reset, kernels.RESET, 0.0).astype(jnp.float32)
+        reset = pad_time(reset, kernels.RESET_ROW, axis=2)
+    if tiles.pad:
+        x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
+    y, last = _scan(x, dt, A.astype(jnp.float32), B, C, initial_state, reset, tiles)
+    return y[:, :length], last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _scan(x, dt, A, B, C, start, reset, tiles):
+    y, last, _ = _forward(x, dt, A, B, C, start, reset, tiles, save=False)
+    return y, last
+
+
+def _scan_forward(x, dt, A, B, C, start, reset, tiles):
+    y, last, entry = _forward(x, dt, A, B, C, start, reset, tiles, save=True)
+    return (y, last), (x, dt, A, B, C, start, reset, entry)
+
+
+def _scan_backward(tiles, saved, gradients):
+    x, dt, A, B, C, start, reset, entry = saved
+    dy, dlast = gradients
+    plan = tiles.plan(x, A.shape[1], backward=True)
+    inputs = {"dt": dt, "dy": dy, "C": C, "reset": reset}
+    chunks = _chunks(inputs, A, plan, reverse=True)
+    inputs |= {"x": x, "B": B, "entry": entry}
+    states = (plan.batch, plan.channels, plan.states)
+    shares = _float32(plan.batch, plan.blocks, plan.tiles * plan.steps, plan.states)
+    results = _call(
+        functools.partial(kernels.backward_body, keep_decays=tiles.keep_decays),
+        plan,
+        inputs,
+        {"A": A, "dlast": dlast, **chunks},
+        {
+            "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
+            "ddt": jax.ShapeDtypeStruct(dt.shape, dt.dtype),
+            "dB": shares,
+            "dC": shares,
+            "dA": _float32(plan.batch, plan.chunks, *A.shape),
+            "dstart": _float32(*states),
+        },
+        {
+            "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
+            "ddt_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), dt.dtype),
+            # One more row than positions: eight lanes then write to different banks.
+            "parts": plgpu.SMEM((2, kernels.GROUP, plan.steps + 1, plan.states), jnp.float32),
+        },
+    )
+    dB, dC = (
+        results[name].sum(axis=1)[:, : plan.length].astype(array.dtype)
+        for name, array in (("dB", B), ("dC", C))
+    )
+    dstart = None if start is None else results["dstart"]
+    dreset = None if reset is None else jnp.zeros_like(reset)
+    return results["dx"], results["ddt"], results["dA"].sum(axis=(0, 1)), dB, dC, dstart, dreset
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _forward(x, dt, A, B, C, start, reset, tiles, save):
+    plan = tiles.plan(x, A.shape[1], backward=False)
+    inputs = {"dt": dt, "x": x, "B": B, "reset": reset}
+    chunks = _chunks(inputs, A, plan, reverse=False)
+    outputs = {
+        "y": _float32(*x.shape),
+        "last": _float32(plan.batch, plan.channels, plan.states),
+    }
+    if save:
+        outputs["entry_out"] = _float32(plan.batch, plan.tiles, plan.channels, plan.states)
+    results = _call(
+        kernels.forward_body,
+        plan,
+        inputs | {"C": C},
+        {"A": A, "start": start, **chunks},
+        outputs,
+        {"y_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), jnp.float32)},
+    )
+    return results["y"], results["last"], results.get("entry_out")
+
+
+def _chunks(inputs, A, plan: Plan, reverse: bool) -> dict[str, jax.Array]:
+    """Decay and state of every chunk, where there is more than one."""
+    if plan.chunks == 1:
+        return {}
+    shape = _float32(plan.batch, plan.chunks, plan.channels, plan.states)
+    body = functools.partial(kernels.chunk_body, reverse=reverse)
+    return _call(body, plan, inputs, {"A": A}, {"chunk_decay": shape, "chunk_state": shape}, {})
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Array]:
+    """Runs a body on a grid of (row, block of channels, chunk of time).
+
+    Args:
+      body: called with its references by name, the plan, and the names of `timed`.
+      plan: the sizes.
+      timed: inputs that come in tiles of time; those that are None are left out.
+      whole: other inputs; those that are None are left out.
+      outputs: shapes of the results by name.
+      scratch: further shared memory by name.
+    """
+    timed = {name: array for name, array in timed.items() if array is not None}
+    inputs = timed | {name: array for name, array in whole.items() if array is not None}
+    shapes = {
+        "entry": (plan.width, plan.states),
+        "reset": (kernels.RESET_ROW,),
+        "B": (plan.steps, plan.states),
+        "C": (plan.steps, plan.states),
+    }
+    scratch = scratch | {
+        f"{name}_tile": plgpu.SMEM((kernels.SLOTS, *shapes.get(name, (plan.steps, plan.width))), array.dtype)
+        for name, array in timed.items()
+    }
+    scratch["full"] = plgpu.Barrier(num_barriers=kernels.SLOTS, num_arrivals=len(timed))
+    names = (*inputs, *outputs, *scratch)
+
+    def kernel(*refs):
+        body(types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan, tuple(timed))
+
+    results = plgpu.kernel(
+        kernel,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        grid=(plan.batch, plan.blocks, plan.chunks),
+        grid_names=("b", "block", "chunk"),
+        # Tiles are read only after their barrier, and every slot is refilled only after one, so the barriers
+        # that would be put around each access are not needed.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))

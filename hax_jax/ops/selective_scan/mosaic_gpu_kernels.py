@@ -1,0 +1,352 @@
+"""The kernels of `mosaic_gpu`: what one program does with its channels and its part of the time.
+
+A program is one warpgroup. It works on `groups` groups of 32 channels; in each group a lane owns one channel
+and a quarter of its states, so a (32, n) array is n / 4 registers a lane, the sum over states crosses four
+lanes and the sum over channels is left to shared memory. Time goes by in tiles of `steps` positions, which
+the copy engine brings in while the tile before is worked on; beyond the end it brings zeros, and a position
+with dt = 0 changes nothing.
+"""
+
+import dataclasses
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+GROUP = 32
+LOG2_E = math.log2(math.e)
+# The exponent at the first position of a segment: exp2 of it is 0, and it is far from the infinities.
+RESET = -1e30
+# Tiles in flight or in use at a time.
+SLOTS = 2
+# Resets of a tile, padded to what the copy engine can place.
+RESET_ROW = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of one call: (batch, length, channels, states) cut into tiles, groups of channels and chunks."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    steps: int
+    groups: int
+    chunks: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a program."""
+        return GROUP * self.groups
+
+    @property
+    def blocks(self) -> int:
+        return self.channels // self.width
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.length // self.steps)
+
+    @property
+    def tiles_per_chunk(self) -> int:
+        return -(-self.tiles // self.chunks)
+
+    def state_layout(self) -> plgpu.Layout:
+        """Layout of a (32, n) array: warps and eight lanes along channels, four lanes along states."""
+        n = self.states
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((GROUP, n), (8, n), (n // 4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+        )
+
+
+class _Program:
+    """What the bodies share: where this program is, and how values come into registers."""
+
+    def __init__(self, plan: Plan, refs: types.SimpleNamespace, timed: tuple[str, ...], reverse: bool):
+        self.plan, self.refs, self.timed, self.reverse = plan, refs, timed, reverse
+        self.layout = plan.state_layout()
+        self.row, self.column = self.layout.reduce(1), self.layout.reduce(0)
+        self.batch, self.block = lax.axis_index("b"), lax.axis_index("block")
+        self.chunk = lax.axis_index("chunk")
+        self.first = self.chunk * plan.tiles_per_chunk
+        self.count = jnp.minimum(plan.tiles_per_chunk, plan.tiles - self.first)
+        self.lanes = pl.ds(self.block * plan.width, plan.width)
+
+    def tile_of(self, index: jax.Array) -> jax.Array:
+        """The tile that comes `index`-th in this program's order."""
+        return self.first + (self.count - 1 - index if self.reverse else index)
+
+    def fetch(self, index: jax.Array, slot: jax.Array) -> None:
+        """Starts the copies of one tile into a slot."""
+        tile, full = self.tile_of(index), self.refs.full.at[slot]
+        time = pl.ds(tile * self.plan.steps, self.plan.steps)
+        for name in self.timed:
+            source, target = getattr(self.refs, name), getattr(self.refs, f"{name}_tile").at[slot]
+            match name:
+                case "entry":
+                    source = source.at[self.batch, tile, self.lanes]
+                case "reset":
+                    source = source.at[self.batch, tile]
+                case "B" | "C":
+                    source = source.at[self.batch, time]
+                case _:
+                    source = source.at[self.batch, time, self.lanes]
+            plgpu.copy_gmem_to_smem(source, target, full)
+
+    def over_tiles(self, body, carry):
+        """Runs body(tile, slot, carry) over this program's tiles, the next ones on their way."""
+        for slot in range(SLOTS):
+
+            @pl.when(slot < self.count)
+            def _(slot=slot):
+                self.fetch(jnp.int32(slot), jnp.int32(slot))
+
+        def step(index, carry):
+            slot = lax.rem(index, jnp.int32(SLOTS))
+            plgpu.barrier_wait(self.refs.full.at[slot])
+            carry = body(self.tile_of(index), slot, carry)
+            # Every body ends with a barrier of its warpgroup after its last look at the slot.
+
+            @pl.when(index + SLOTS < self.count)
+            def _():
+                self.fetch(index + SLOTS, slot)
+
+            return carry
+
+        return lax.fori_loop(jnp.int32(0), self.count, step, carry)
+
+    def group(self, j: int):
+        """The j-th group's place among all channels."""
+        return pl.ds(self.block * self.plan.width + j * GROUP, GROUP)
+
+    def load_states(self, ref) -> tuple[jax.Array, ...]:
+        """A (channels, n) array of this program's channels, one (32, n) array a group."""
+        return tuple(
+            plgpu.load(ref.at[self.group(j)], layout=self.layout, optimized=False)
+            for j in range(self.plan.groups)
+        )
+
+    def zeros(self) -> tuple[jax.Array, ...]:
+        zero = plgpu.layout_cast(jnp.zeros((GROUP, self.plan.states), jnp.float32), self.layout)
+        return (zero,) * self.plan.groups
+
+    def store_states(self, ref, values) -> None:
+        for j, value in enumerate(values):
+            ref[self.group(j), :] = value
+
+    def channels_at(self, name: str, slot, t: int, j: int) -> jax.Array:
+        """Values of the j-th group's channels at position t of the tile, (32,) float32."""
+        ref = getattr(self.refs, f"{name}_tile").at[slot, t, pl.ds(j * GROUP, GROUP)]
+        return plgpu.load(ref, layout=self.row, optimized=False).astype(jnp.float32)
+
+    def states_at(self, name: str, slot, t: int) -> jax.Array:
+        """B or C at position t, as a (32, n) array that is the same for every channel."""
+        ref = getattr(self.refs, f"{name}_tile").at[slot, t]
+        return self.along_channels(plgpu.load(ref, layout=self.column, optimized=False).astype(jnp.float32))
+
+    def along_states(self, x: jax.Array) -> jax.Array:
+        shape = (GROUP, self.plan.states)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [0]), self.layout)
+
+    def along_channels(self, x: jax.Array) -> jax.Array:
+        shape = (GROUP, self.plan.states)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [1]), self.layout)
+
+    def decay(self, dt: jax.Array, rate: jax.Array, slot, t: int) -> jax.Array:
+        """exp(dt A), and 0 where a segment begins; `rate` is A log2(e)."""
+        exponent = self.along_states(dt) * rate
+        if "reset" in self.timed:
+            exponent = exponent + self.refs.reset_tile[slot, t]
+        return jnp.exp2(exponent)
+
+    def joined(self, start, chunks):
+        """The state that reaches this chunk, from `start` through what other chunks do to it."""
+
+        def through(index, carry):
+            chunk = self.plan.chunks - 1 - index if self.reverse else index
+            decay = self.load_states(self.refs.chunk_decay.at[self.batch, chunk])
+            local = self.load_states(self.refs.chunk_state.at[self.batch, chunk])
+            return tuple(d * c + s for d, c, s in zip(decay, carry, local, strict=True))
+
+        return lax.fori_loop(jnp.int32(0), chunks, through, start)
+
+
+def chunk_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], reverse: bool) -> None:
+    """What a chunk does to any state: its decay, and the state it leaves behind when it begins with zero.
+
+    In reverse the state is the gradient that leaves the chunk at its beginning.
+    """
+    program = _Program(plan, refs, timed, reverse)
+    rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
+
+    def tile(_, slot, carry):
+        states, exponents = (list(part) for part in carry)
+        for t in reversed(range(plan.steps)) if reverse else range(plan.steps):
+            vector = program.states_at("C" if reverse else "B", slot, t)
+            for j in range(plan.groups):
+                dt = program.channels_at("dt", slot, t, j)
+                decay = program.decay(dt, rates[j], slot, t)
+                if reverse:
+                    drive = program.along_states(program.channels_at("dy", slot, t, j)) * vector
+                    states[j] = decay * (states[j] + drive)
+                else:
+                    drive = program.along_states(dt * program.channels_at("x", slot, t, j)) * vector
+                    states[j] = decay * states[j] + drive
+                exponents[j] = exponents[j] + dt
+                if "reset" in timed:
+                    exponents[j] = exponents[j] + refs.reset_tile[slot, t]
+        plgpu.commit_smem()
+        return tuple(states), tuple(exponents)
+
+    no_time = plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), program.row)
+    states, exponents = program.over_tiles(tile, (program.zeros(), (no_time,) * plan.groups))
+    # Sums of dt are at most some 1e6, a reset is -1e30: whatever A is, the product is far below any exponent.
+    decays = [jnp.exp2(_passed(program, total, rate)) for total, rate in zip(exponents, rates, strict=True)]
+    program.store_states(refs.chunk_state.at[program.batch, program.chunk], states)
+    program.store_states(refs.chunk_decay.at[program.batch, program.chunk], decays)
+
+
+def _passed(program: _Program, total: jax.Array, rate: jax.Array) -> jax.Array:
+    """Exponent of a whole chunk; a total with a reset in it stands for 'nothing passes'."""
+    total = program.along_states(total)
+    return jnp.where(total < RESET / 2, RESET, total * rate)
+
+
+def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]) -> None:
+    """y of a chunk, the state that enters each of its tiles, and in the last chunk the last state."""
+    program = _Program(plan, refs, timed, reverse=False)
+    rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
+    start = program.load_states(refs.start.at[program.batch]) if hasattr(refs, "start") else program.zeros()
+    if plan.chunks > 1:
+        start = program.joined(start, program.chunk)
+
+    def tile(index, slot, states):
+        states = list(states)
+        if hasattr(refs, "entry_out"):
+            program.store_states(refs.entry_out.at[program.batch, index], states)
+        # The copy of y two tiles ago has to have left this slot.
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        for t in range(plan.steps):
+            B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
+            for j in range(plan.groups):
+                dt = program.channels_at("dt", slot, t, j)
+                drive = program.along_states(dt * program.channels_at("x", slot, t, j)) * B
+                states[j] = program.decay(dt, rates[j], slot, t) * states[j] + drive
+                refs.y_tile[slot, t, pl.ds(j * GROUP, GROUP)] = (states[j] * C).sum(axis=1)
+        plgpu.commit_smem()
+        time = pl.ds(index * plan.steps, plan.steps)
+        plgpu.copy_smem_to_gmem(refs.y_tile.at[slot], refs.y.at[program.batch, time, program.lanes])
+        return tuple(states)
+
+    states = program.over_tiles(tile, start)
+
+    @pl.when(program.chunk == plan.chunks - 1)
+    def _():
+        program.store_states(refs.last.at[program.batch], states)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def backward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], keep_decays: bool) -> None:
+    """Gradients of a chunk, tile by tile from its end; states are computed again from each tile's entry.
+
+    q is the gradient with respect to the state before the position at hand, carried towards the beginning.
+    """
+    program = _Program(plan, refs, timed, reverse=True)
+    rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
+    q = program.load_states(refs.dlast.at[program.batch]) if hasattr(refs, "dlast") else program.zeros()
+    if plan.chunks > 1:
+        q = program.joined(q, plan.chunks - 1 - program.chunk)
+
+    def tile(index, slot, carry):
+        states, decays = _states_of_tile(program, rates, slot, keep_decays)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        carry = _backward_steps(program, rates, states, decays, slot, carry)
+        plgpu.commit_smem()
+        time = pl.ds(index * plan.steps, plan.steps)
+        for name in ("dx", "ddt"):
+            target = getattr(refs, name).at[program.batch, time, program.lanes]
+            # Both copies make one group, so that waiting for all but one group waits for the tile before.
+            plgpu.copy_smem_to_gmem(
+                getattr(refs, f"{name}_tile").at[slot], target, commit_group=name == "ddt"
+            )
+        _sum_over_channels(program, index)
+        return carry
+
+    q, dA = program.over_tiles(tile, (q, program.zeros()))
+    program.store_states(refs.dA.at[program.batch, program.chunk], dA)
+
+    @pl.when(program.chunk == 0)
+    def _():
+        program.store_states(refs.dstart.at[program.batch], q)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _states_of_tile(program: _Program, rates, slot, keep_decays: bool):
+    """States before every position of the tile and after the last, and the decays if they are kept."""
+    plan, refs = program.plan, program.refs
+    entry = [
+        plgpu.load(refs.entry_tile.at[slot, pl.ds(j * GROUP, GROUP)], layout=program.layout, optimized=False)
+        for j in range(plan.groups)
+    ]
+    states, decays = [entry], []
+    for t in range(plan.steps):
+        B = program.states_at("B", slot, t)
+        after, decays_t = [], []
+        for j in range(plan.groups):
+            dt = program.channels_at("dt", slot, t, j)
+            decay = program.decay(dt, rates[j], slot, t)
+            drive = program.along_states(dt * program.channels_at("x", slot, t, j)) * B
+            after.append(decay * states[-1][j] + drive)
+            decays_t.append(decay)
+        states.append(after)
+        decays.append(decays_t if keep_decays else None)
+    return states, decays
+
+
+def _backward_steps(program: _Program, rates, states, decays, slot, carry):
+    """Walks a tile from its end; leaves dx, ddt and the lanes' parts of dB and dC in shared memory."""
+    plan, refs = program.plan, program.refs
+    q, dA = (list(part) for part in carry)
+    for t in reversed(range(plan.steps)):
+        B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
+        dB, dC = None, None
+        for j in range(plan.groups):
+            dt, x, dy = (program.channels_at(name, slot, t, j) for name in ("dt", "x", "dy"))
+            wide_dt, wide_dy = program.along_states(dt), program.along_states(dy)
+            dstate = C * wide_dy + q[j]
+            from_B, from_C = program.along_states(dt * x) * dstate, wide_dy * states[t + 1][j]
+            dB = from_B if dB is None else dB + from_B
+            dC = from_C if dC is None else dC + from_C
+            decay = program.decay(dt, rates[j], slot, t) if decays[t] is None else decays[t][j]
+            q[j] = decay * dstate
+            dexponent = q[j] * states[t][j]
+            dA[j] = dA[j] + wide_dt * dexponent
+            ddrive = (B * dstate).sum(axis=1)
+            ddecay = (rates[j] * dexponent).sum(axis=1) * (1 / LOG2_E)
+            lanes = pl.ds(j * GROUP, GROUP)
+            refs.dx_tile[slot, t, lanes] = (dt * ddrive).astype(refs.dx_tile.dtype)
+            refs.ddt_tile[slot, t, lanes] = (x * ddrive + ddecay).astype(refs.ddt_tile.dtype)
+        refs.parts[0, :, t, :] = dB
+        refs.parts[1, :, t, :] = dC
+    return tuple(q), tuple(dA)
+
+
+def _sum_over_channels(program: _Program, tile) -> None:
+    """Adds the 32 lanes' parts of dB and dC in a fixed order and writes this program's share of them."""
+    plan, refs = program.plan, program.refs
+    shape = (plan.steps, plan.states)
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=max(1, math.prod(shape) // 128))
+    time = pl.ds(tile * plan.steps, plan.steps)
+    for which, target in enumerate((refs.dB, refs.dC)):
+        total = plgpu.load(refs.parts.at[which, 0, pl.ds(0, plan.steps)], layout=layout, optimized=False)
+        for lane in range(1, GROUP):
+            part = refs.parts.at[which, lane, pl.ds(0, plan.steps)]
+            total = total + plgpu.load(part, layout=layout, optimized=False)
+        target[program.batch, program.block, time, :] = total
