@@ -63,7 +63,7 @@ def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Arra
     """What keeps these inputs from the kernels, or None: shapes and dtypes only, not the device."""
     channels, states = A.shape
     if channels % kernels.GROUP:
-        return f"`x` must have a number of channels that is be a multiple of {kernels.GROUP}, got {channels}"
+        return f"`x` must have a number of channels that is a multiple of {kernels.GROUP}, got {channels}"
     if states not in (8, 16, 32):
         return f"`A` must have 8, 16 or 32 states, got {states}"
     if not x.size:

@@ -10,6 +10,7 @@ with dt = 0 changes nothing.
 import dataclasses
 import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Plan:
     def tiles_per_chunk(self) -> int:
         return -(-self.tiles // self.chunks)
 
-    def state_layout(self) -> plgpu.Layout:
+    def state_layout(self) -> Any:
         """Layout of a (32, n) array: warps and eight lanes along channels, four lanes along states."""
         n = self.states
         return plgpu.Layout.TILED(

@@ -1,0 +1,153 @@
+"""The selective scan's kernels: interpreted at tiny sizes, lowered for a GPU, and on a GPU in full."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hax_jax import ops
+from hax_jax.ops.selective_scan import mosaic_gpu, reference, xla
+from hax_jax.ops.selective_scan.mosaic_gpu import Tiles
+from tests.ops.cases import (
+    TOLERANCE,
+    assert_close,
+    make_segments,
+    normal,
+    relative_error,
+    rng,
+    with_gradients,
+)
+
+
+def make_inputs(batch: int, length: int, channels: int, states: int, dtype=jnp.float32):
+    """Inputs as a trained model makes them: time steps below 1 mostly, rates from about 1 to `states`."""
+    g = rng(21, length)
+    spread = normal(g, channels, states) * 0.1
+    return {
+        "x": normal(g, batch, length, channels, dtype=dtype),
+        "dt": jax.nn.softplus(normal(g, batch, length, channels) - 2),
+        "A": -jnp.arange(1.0, states + 1) * jnp.exp(spread),
+        "B": normal(g, batch, length, states, dtype=dtype),
+        "C": normal(g, batch, length, states, dtype=dtype),
+    }
+
+
+def run(function, inputs, segment_ids, *rest):
+    """Outputs and all gradients of a form, called by position as the op calls it."""
+
+    def call(inputs):
+        arguments = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "initial_state")]
+        return function(*arguments, segment_ids, *rest)
+
+    return with_gradients(call, inputs)
+
+
+# Together: several tiles, chunks, blocks of channels and groups, the last tile of a chunk and of the row not
+# full, both ways to get the decays of the backward pass, with and without what is optional.
+INTERPRETED = {
+    "plain": (Tiles(steps=8, groups=2, backward_groups=1, programs=1, backward_programs=1), 32, 9, False),
+    "chunks": (
+        Tiles(steps=8, groups=1, backward_groups=2, programs=4, backward_programs=2, keep_decays=False),
+        64,
+        19,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreted_kernels_equal_the_reference(case):
+    tiles, channels, length, everything = INTERPRETED[case]
+    inputs, segment_ids = make_inputs(1, length, channels, 8), None
+    if everything:
+        inputs["initial_state"] = normal(rng(22), 1, channels, 8)
+        segment_ids = make_segments(rng(23), 1, length)
+    want = run(reference.selective_scan, inputs, segment_ids, 64)
+    # The interpreter does not know that reads beyond the end give zeros, so whole tiles are made before.
+    tiles = Tiles(**{**vars(tiles), "pad": True})
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, segment_ids, tiles))
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize(("states", "dtype"), [(16, jnp.bfloat16), (8, jnp.float32), (32, jnp.float32)])
+def test_kernels_lower_for_a_gpu_without_one(states, dtype):
+    """Layouts, shared memory and copies are checked on any machine; lengths and channels as in the task."""
+    length, channels = 1057, 128
+    inputs = jax.eval_shape(lambda: make_inputs(2, length, channels, states, dtype))
+    inputs["initial_state"] = jax.ShapeDtypeStruct((2, channels, states), jnp.float32)
+    segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    tiles = Tiles(steps=16 if states == 8 else 8, programs=16, backward_programs=16)
+
+    def loss(inputs, segment_ids):
+        y, state = mosaic_gpu.scan_in_tiles(**inputs, segment_ids=segment_ids, tiles=tiles)
+        return y.sum() + state.sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(inputs, segment_ids).lower(lowering_platforms=("cuda",))
+    # What every chunk does, then the pass itself: forward and backward.
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 4
+
+
+def test_calls_the_kernels_cannot_run_say_why():
+    inputs = make_inputs(1, 8, 32, 8)
+    with pytest.raises(ValueError, match="number of channels that is a multiple of 32, got 6"):
+        ops.selective_scan(
+            **{name: x[..., :6] if name in ("x", "dt") else x for name, x in inputs.items() if name != "A"},
+            A=inputs["A"][:6],
+            implementation="mosaic_gpu",
+        )
+    narrow = {name: x if name in ("x", "dt") else x[..., :4] for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="8, 16 or 32 states, got 4"):
+        ops.selective_scan(**narrow, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="`B` must be float32 or bfloat16, got float16"):
+        ops.selective_scan(**{**inputs, "B": inputs["B"].astype(jnp.float16)}, implementation="mosaic_gpu")
+
+
+def test_without_a_gpu_the_named_form_raises():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="'mosaic_gpu' here: needs an NVIDIA Hopper GPU, got platform 'cpu'"):
+        ops.selective_scan(**make_inputs(1, 8, 32, 8), implementation="mosaic_gpu")
+
+
+def poison_memory() -> None:
+    """Leaves NaN in the memory that the next arrays will be placed in."""
+    jax.block_until_ready([jnp.full(2**26, jnp.nan) for _ in range(8)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "everything"),
+    [(2, 1, 32, True), (3, 65, 64, True), (2, 1057, 128, False), (2, 1057, 128, True), (1, 4099, 256, True)],
+)
+def test_kernels_equal_the_reference(batch, length, channels, everything, dtype):
+    inputs, segment_ids = make_inputs(batch, length, channels, 16, dtype), None
+    if everything:
+        inputs["initial_state"] = normal(rng(22), batch, channels, 16)
+        segment_ids = make_segments(rng(23), batch, length)
+    want = run(reference.selective_scan, inputs, segment_ids, 64)
+    poison_memory()
+    got = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    assert_close(got, want, dtype)
+
+
+@pytest.mark.gpu
+def test_kernels_give_the_same_bits_twice():
+    inputs = make_inputs(8, 1057, 128, 16, jnp.bfloat16)
+    segment_ids = make_segments(rng(23), 8, 1057)
+    first = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    poison_memory()
+    second = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.gpu
+def test_kernels_equal_the_chunked_form_at_the_tasks_size():
+    inputs = make_inputs(64, 1057, 128, 16)
+    got = run(mosaic_gpu.selective_scan, inputs, None, 64)
+    want = run(xla.selective_scan, inputs, None, 64)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) <= TOLERANCE["float32"]
