@@ -46,7 +46,7 @@ def make_key_set(names, length: int, segment_ids) -> ops.KeySet:
         "sink": ops.Sink(SIZE, position),
         "dilated": ops.Dilated(7, position),
         "hash": ops.HashBuckets(SIZE, query_code, count, key_code, order),
-        "lifetimes": ops.Lifetimes(ops.key_lifetimes(scores, SIZE, segment_ids=segment_ids)),
+        "lifetimes": ops.Lifetimes(SIZE, ops.key_lifetimes(scores, SIZE, segment_ids=segment_ids)),
     }
     return ops.KeySet(tuple(sources[name] for name in names))
 
@@ -185,7 +185,7 @@ def test_xla_memory_is_linear_in_the_length():
 
         def loss(x, v, expiry):
             return ops.sparse_attention(
-                x, x, v, ops.KeySet((ops.Lifetimes(expiry),)), implementation="xla"
+                x, x, v, ops.KeySet((ops.Lifetimes(8, expiry),)), implementation="xla"
             ).sum()
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, v, expiry).compile()

@@ -132,10 +132,14 @@ class HashBuckets:
         return (query_code == key_code) & (age >= 0) & (age < self.size) & (j <= i)
 
 
-@_source(arrays=("expiry",))
+@_source(static=("size",), arrays=("expiry",))
 class Lifetimes:
-    """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'."""
+    """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'.
 
+    `size` is that k: the caller's word that no query sees more keys.
+    """
+
+    size: int
     expiry: PerPosition
 
     def rows(self) -> Integers:
