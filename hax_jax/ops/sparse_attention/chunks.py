@@ -54,7 +54,8 @@ def visible(kinds: tuple[Source, ...], rows, columns):
         rows, columns = rows[num_rows:], columns[num_columns:]
     mask = shown[-1] & (segment_i == segment_j)
     for earlier in shown[:-1]:
-        mask = mask & ~earlier
+        # Not `mask & ~earlier`: Mosaic GPU cannot negate booleans in registers.
+        mask = jnp.where(earlier, False, mask)
     return mask
 
 
