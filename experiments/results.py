@@ -38,8 +38,20 @@ PAPER = {
 }
 
 _FIELDS = (
-    "task", "name", "command", "commit", "config", "device", "versions", "implementation", "num_parameters",
-    "steps", "best_step", "test", "speed", "curve",
+    "task",
+    "name",
+    "command",
+    "commit",
+    "config",
+    "device",
+    "versions",
+    "implementation",
+    "num_parameters",
+    "steps",
+    "best_step",
+    "test",
+    "speed",
+    "curve",
 )
 
 

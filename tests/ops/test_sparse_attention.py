@@ -9,7 +9,7 @@ import pytest
 
 from hax_jax import ops
 from hax_jax.ops import segments
-from hax_jax.ops.sparse_attention import xla
+from hax_jax.ops.sparse_attention import dense, plan, xla
 from tests.ops.cases import (
     assert_close,
     forms_of,
@@ -67,17 +67,20 @@ def run(inputs, key_set, segment_ids, form, **settings):
     )
 
 
-@pytest.fixture(params=["unrolled", "looped"])
+@pytest.fixture(params=["unrolled", "looped", "chunks"])
 def small_tiles(request, monkeypatch):
-    """Tiles of 16 queries, so that short rows have many; laid out one after the other, or as a loop."""
-    monkeypatch.setattr(xla, "BLOCK_Q", 16)
-    monkeypatch.setattr(xla, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
+    """Tiles of 16 queries, so that short rows have many: dense ones, unrolled or as a loop, or chunks."""
+    monkeypatch.setattr(dense, "BLOCK_Q", 16)
+    monkeypatch.setattr(dense, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
+    monkeypatch.setattr(plan, "CHUNK", 16)
+    monkeypatch.setattr(xla, "MIN_LENGTH_OF_CHUNKS", 0 if request.param == "chunks" else 1 << 30)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-ALL_FORMS = tuple(forms_of("sparse_attention"))
+# The kernels have tests of their own: test_sparse_attention_mosaic_gpu.py.
+ALL_FORMS = tuple(form for form in forms_of("sparse_attention") if form != "mosaic_gpu")
 FORMS = [form for form in ALL_FORMS if form != "reference"]
 
 

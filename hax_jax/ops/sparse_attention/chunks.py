@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hax_jax.ops import segments
 from hax_jax.ops.numerics import einsum, wide
-from hax_jax.ops.sparse_attention.key_set import KeySet, Source
+from hax_jax.ops.sparse_attention.key_set import KeySet
 from hax_jax.ops.sparse_attention.ordered_sum import sum_of_runs
 from hax_jax.ops.sparse_attention.plan import PLANNED, make_plan
 
@@ -40,8 +40,8 @@ class Tile(NamedTuple):
     backward: Callable
 
 
-def visible(kinds: tuple[Source, ...], rows, columns):
-    """Whether the last of `kinds` shows a key that none of the others shows.
+def visible(kinds, rows, columns):
+    """Whether the last of `kinds`, sources without their arrays, shows a key that none of the others shows.
 
     `rows` and `columns` hold position and segment, then the integers of every kind; they broadcast.
     """
@@ -173,7 +173,7 @@ class _Part:
 
     def sum_of_slots(self, x):
         """(h, c, k, f) to (h, N, f): the sum over the slots of each key, in one order."""
-        heads, num_chunks, num_slots, width = x.shape
+        heads, _, num_slots, width = x.shape
         num_own = self.plan.queries.shape[1]
         carried, own = jnp.split(x, [num_slots - num_own], axis=2)
         own = own.reshape(heads, -1, width)[:, self.plan.key_slot]

@@ -1,0 +1,48 @@
+"""Sparse attention as Mosaic GPU kernels, for Hopper and newer.
+
+bfloat16 inputs multiply as they are. A float32 input is split into three bfloat16 parts, which hold its 24
+bits, and a product is the sum of the six products of parts that matter: float32's accuracy from the matrix
+units, whose own float32 mode (TF32) keeps 11 bits.
+"""
+
+import jax.numpy as jnp
+
+from hax_jax.ops import dispatch
+from hax_jax.ops.sparse_attention import chunks
+from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks
+from hax_jax.ops.sparse_attention.mosaic_gpu.chunk_kernels import TILE
+from hax_jax.ops.sparse_attention.plan import CHUNK, PLANNED
+
+# The scores of a chunk are kept in registers, which this many keys fill.
+MAX_KEYS = 256
+# Below, dense tiles of XLA cost less (measured on an H200).
+MIN_LENGTH = 2048
+
+
+def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
+    reason = _why_not(q, k, v, key_set)
+    if reason is not None:
+        raise ValueError(f"`implementation` 'mosaic_gpu' of sparse_attention {reason}; use 'xla', or None")
+    return chunks.sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, tile=TILE)
+
+
+def pays(q, k, v, key_set) -> bool:
+    """Whether the kernels can run the call and are the fastest form of it."""
+    return q.shape[1] >= MIN_LENGTH and _why_not(q, k, v, key_set) is None
+
+
+def _why_not(q, k, v, key_set) -> str | None:
+    """What stands against running a call, as the end of a sentence."""
+    dtypes = {x.dtype for x in (q, k, v)}
+    if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
+        return f"needs q, k and v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape[-1] > building_blocks.FEATURES[-1]:
+        return f"needs q and k of at most {building_blocks.FEATURES[-1]} features, got {q.shape[-1]}"
+    for source in key_set.sources:
+        if not isinstance(source, PLANNED):
+            return f"needs sources with few keys a query, got {type(source).__name__}"
+        if source.size > MAX_KEYS - CHUNK:
+            return f"needs sources of at most {MAX_KEYS - CHUNK} keys, got {source.size}"
+    if building_blocks.interpret is None and not dispatch.has_mosaic_gpu():
+        return "needs a Hopper GPU or a newer one"
+    return None

@@ -1,0 +1,169 @@
+"""What the kernels are made of: split products, loads in the matrix unit's layout, padding, memory.
+
+Matrices of a kernel are (rows, columns) accumulators of `wgmma`, in the layout that it leaves them in. Inputs
+come in parts (see `parts`): shared memory holds them as (parts, rows, features).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hax_jax.ops.sparse_attention.chunks import visible
+
+# How tests on a CPU run the kernels: Pallas' interpreter's settings, or None to compile them.
+interpret: Any = None
+
+# A matrix instruction has 64 rows: chunks have 64 queries, and keys come in groups of 64.
+ROWS = 64
+FEATURES = (16, 32, 64, 128)
+# Values are worked on this many features at a time.
+WIDTHS = (128, 64)
+
+_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
+ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def product(a_sm, b_sm, shape):
+    """a b^T of the sums of parts, in float32; both (parts, rows, features) in shared memory."""
+
+    def multiply(acc_ref):
+        for a, b in _pairs(a_sm.shape[0]):
+            plgpu.wgmma(acc_ref, a_sm.at[a], b_sm.at[b].transpose((1, 0)))
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def product_from_registers(a, b_sm, shape, dtype, parts):
+    """a b with float32 a in registers, split there, and b (parts, rows, features) in shared memory."""
+    pieces, rest = [], a
+    for _ in range(parts):
+        piece = rest.astype(dtype)
+        pieces.append(piece)
+        rest = rest - piece.astype(jnp.float32)
+
+    def multiply(acc_ref):
+        for a_part, b_part in _pairs(parts):
+            plgpu.wgmma(acc_ref, pieces[a_part], b_sm.at[b_part])
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _pairs(parts):
+    """The products of parts that float32 can tell from zero, small ones first."""
+    return [(a, b) for total in reversed(range(parts)) for a in range(parts) for b in [total - a] if b >= 0]
+
+
+def accumulate(step, count, shape):
+    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    if count == 1:
+        return step(0, zeros)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count), step, zeros)
+
+
+def mask(kinds, rows, columns, shape, transposed):
+    rows = [down(x, shape) for x in rows]
+    columns = [across(x, shape) for x in columns]
+    return visible(kinds, columns, rows) if transposed else visible(kinds, rows, columns)
+
+
+def down(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def across(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def copy_parts(ref, index, target, barrier):
+    """One copy a part: the copy engine takes arrays of five axes at most."""
+    for part in range(target.shape[0]):
+        plgpu.copy_gmem_to_smem(ref.at[(part, *index)], target.at[part], barrier)
+
+
+def load(ref, layout, optimized=True):
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def load_rows(ref, count):
+    return [load(ref.at[x], _ALONG_ROWS, optimized=False) for x in range(count)]
+
+
+def load_columns(ref, count):
+    return [load(ref.at[x], ALONG_COLUMNS) for x in range(count)]
+
+
+def kernel(body, *, grid, **types):
+    if interpret is not None:
+        types["interpret"] = interpret
+    return plgpu.kernel(
+        body,
+        grid=grid,
+        grid_names=("head", "chunk", "block"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **types,
+    )
+
+
+def array(shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def tiled(shape, dtype):
+    """Shared memory in the tiles that matrix instructions read, with the widest swizzle that fits."""
+    for swizzle in (128, 64, 32):
+        columns = swizzle // jnp.dtype(dtype).itemsize
+        if shape[-1] % columns == 0:
+            transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+            return plgpu.SMEM(shape, dtype, transforms=transforms)
+    raise ValueError(f"the last axis of {shape} is not a multiple of 32 bytes")
+
+
+def pad_features(x):
+    target = next(size for size in FEATURES if size >= x.shape[-1])
+    return _pad(x, 3, target)
+
+
+def pad_values(x):
+    return _pad(x, 3, -(-x.shape[-1] // WIDTHS[-1]) * WIDTHS[-1])
+
+
+def pad_keys(x):
+    return _pad(x, 2, -(-x.shape[2] // ROWS) * ROWS)
+
+
+def _pad(x, axis, size):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if size > x.shape[axis] else x
+
+
+def block(width):
+    return next(block for block in WIDTHS if width % block == 0)
+
+
+def parts(x):
+    """(p, h, c, ...) bfloat16 arrays whose sum is x: itself, or three for float32."""
+    if x.dtype == jnp.bfloat16:
+        return x[None]
+    parts = []
+    for _ in range(3):
+        # Not a cast there and back, which the compiler may take for nothing.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return jnp.stack(parts)
+
+
+def stack(integers, absent, size):
+    """(c, number, size) of integers (c, slots); absent positions in slots that pad."""
+    padded = [
+        jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=absent if number == 0 else 0)
+        for number, x in enumerate(integers)
+    ]
+    return jnp.stack(padded, axis=1)

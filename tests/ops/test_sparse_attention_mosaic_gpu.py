@@ -1,0 +1,165 @@
+"""The Mosaic GPU kernels of sparse attention: interpreted and lowered on a CPU, in full on a GPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hax_jax import ops
+from hax_jax.ops.sparse_attention import chunks
+from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks
+from tests.ops import mosaic_interpreter
+from tests.ops.cases import assert_close, make_segments, normal, relative_error, rng, with_gradients
+from tests.ops.test_sparse_attention import BATCH, SOURCES, make_key_set, run
+
+
+def make_inputs(length, heads, n, e, dtype):
+    g = rng(14, length)
+    return tuple(normal(g, BATCH, length, heads, width, dtype=dtype) for width in (n, n, e))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    mosaic_interpreter.install()
+    monkeypatch.setattr(building_blocks, "interpret", mosaic_interpreter.SETTINGS)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("names", "n", "e", "dtype", "segmented"),
+    [
+        ("hax", 16, 64, "bfloat16", False),
+        ("hax", 8, 12, "float32", True),
+        ("window", 16, 256, "float32", False),
+    ],
+)
+def test_interpreted_kernels_equal_the_reference(names, n, e, dtype, segmented):
+    """Padded features, several blocks of values, segments, both dtypes."""
+    length = 40
+    segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
+    key_set = make_key_set(SOURCES[names], length, segment_ids)
+    inputs = make_inputs(length, 1, n, e, dtype)
+    got, want = (run(inputs, key_set, segment_ids, form) for form in ("mosaic_gpu", "reference"))
+    assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize(
+    ("names", "n", "e", "dtype"),
+    [
+        ("hax", 32, 128, "bfloat16"),
+        ("hax", 64, 64, "float32"),
+        ("window", 16, 1024, "bfloat16"),
+        ("sink", 128, 4096, "bfloat16"),
+    ],
+)
+def test_kernels_lower_for_hopper(names, n, e, dtype, monkeypatch):
+    """Layouts, shapes and shared memory, as far as they can be checked without a GPU."""
+    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    key_set = make_key_set(SOURCES[names], 200, None)
+
+    def loss(inputs):
+        return ops.sparse_attention(*inputs, key_set, implementation="mosaic_gpu").sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(make_inputs(200, 2, n, e, dtype))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Forward, gradient of the queries, gradients of keys and values, for every source.
+    assert len(re.findall("custom_call @mosaic_gpu", text)) >= 3
+
+
+def test_calls_that_the_kernels_cannot_run(monkeypatch):
+    length = 20
+    inputs = make_inputs(length, 1, 8, 12, "float32")
+    key_set = make_key_set(SOURCES["hax"], length, None)
+    call = functools.partial(ops.sparse_attention, implementation="mosaic_gpu")
+    if not ops.dispatch.has_mosaic_gpu():
+        with pytest.raises(ValueError, match="'mosaic_gpu' of sparse_attention needs a Hopper GPU"):
+            call(*inputs, key_set)
+    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    with pytest.raises(ValueError, match="needs sources with few keys a query, got Full; use 'xla'"):
+        call(*inputs, make_key_set(SOURCES["full"], length, None))
+    with pytest.raises(ValueError, match="all bfloat16 or all float32, got float32, float32, bfloat16"):
+        call(*inputs[:2], inputs[2].astype(jnp.bfloat16), key_set)
+    with pytest.raises(ValueError, match="at most 128 features, got 200"):
+        call(*make_inputs(length, 1, 200, 12, "float32"), key_set)
+    with pytest.raises(ValueError, match="sources of at most 192 keys, got 193"):
+        call(*inputs, ops.KeySet((ops.SlidingWindow(193),)))
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def poison_memory():
+    """Leaves NaN in the memory that the allocator hands out next."""
+    jax.block_until_ready([jnp.full((1 << 26,), jnp.nan) for _ in range(8)])
+
+
+GPU_CASES = [
+    # names, length, heads, n, e, dtype, segmented
+    ("hax", 1057, 1, 32, 128, "bfloat16", True),
+    ("hax", 1057, 1, 32, 128, "float32", True),
+    ("hash", 333, 2, 16, 256, "float32", False),
+    ("lifetimes", 129, 1, 64, 64, "bfloat16", False),
+    ("window", 1, 1, 128, 64, "float32", False),
+    ("sink", 4099, 1, 20, 100, "bfloat16", True),
+    ("hax", 200, 1, 128, 4096, "bfloat16", False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("names", "length", "heads", "n", "e", "dtype", "segmented"), GPU_CASES)
+def test_kernels_equal_the_reference_on_a_gpu(names, length, heads, n, e, dtype, segmented):
+    segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
+    key_set = make_key_set(SOURCES[names], length, segment_ids)
+    inputs = make_inputs(length, heads, n, e, dtype)
+    want = run(jax.tree.map(lambda x: x.astype(jnp.float32), inputs), key_set, segment_ids, "reference")
+    poison_memory()
+    got = run(inputs, key_set, segment_ids, "mosaic_gpu")
+    assert_close(got, want, dtype)
+    poison_memory()
+    again = run(inputs, key_set, segment_ids, "mosaic_gpu")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["random", "one bucket", "one key", "rising", "falling", "equal"])
+def test_inputs_made_to_hurt_stay_exact_on_a_gpu(kind):
+    """At 16,384 positions; against the XLA form, which the reference holds at lengths that it can."""
+    length, size = 16_384, 32
+    g = rng(15)
+    codes = [jnp.asarray(g.integers(0, 256, (1, length)), jnp.int32) for _ in "qk"]
+    scores = normal(g, 1, length)
+    if kind == "one bucket":
+        codes = [jnp.zeros_like(code) for code in codes]
+    elif kind == "one key":
+        codes = [jnp.zeros_like(codes[0]), jnp.where(jnp.arange(length) == 3, 0, 1)[None].astype(jnp.int32)]
+        scores = scores.at[0, 3].set(100.0)
+    elif kind in ("rising", "falling"):
+        scores = jnp.arange(length, dtype=jnp.float32)[None] * (1 if kind == "rising" else -1)
+    elif kind == "equal":
+        scores = jnp.zeros_like(scores)
+    count, order = ops.bucket_orders(*codes)
+    buckets = ops.HashBuckets(size, codes[0], count, codes[1], order)
+    key_set = ops.KeySet((buckets, ops.Lifetimes(size, ops.key_lifetimes(scores, size))))
+    inputs = tuple(normal(g, 1, length, 1, 64, dtype=jnp.bfloat16) for _ in "qkv")
+    got = run(inputs, key_set, None, "mosaic_gpu")
+    want = run(jax.tree.map(lambda x: x.astype(jnp.float32), inputs), key_set, None, "xla")
+    assert_close(got, want, "bfloat16")
+
+
+@pytest.mark.gpu
+def test_tiles_of_kernels_and_of_xla_agree_on_a_gpu():
+    """The two implementations of `chunks.Tile`, float32, to float32's rounding."""
+    key_set = make_key_set(SOURCES["hax"], 500, None)
+    inputs = make_inputs(500, 1, 32, 128, "float32")
+
+    def attend(tile):
+        arguments = (key_set, None, 0.2, False)
+        return with_gradients(lambda x: chunks.sparse_attention(*x, *arguments, tile=tile), inputs)
+
+    for a, b in zip(jax.tree.leaves(attend(TILE)), jax.tree.leaves(attend(chunks.XLA_TILE)), strict=True):
+        assert relative_error(a, b) < 2e-6
