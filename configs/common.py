@@ -26,9 +26,7 @@ def experiment(name: str, argument: str, **model: Any) -> ConfigDict:
     for word in argument.split(",") if argument else ():
         if word not in ARGUMENTS:
             raise ConfigError(
-                "config argument",
-                f"one of {', '.join(ARGUMENTS)}",
-                word,
+                "config argument", f"one of {', '.join(ARGUMENTS)}", word,
                 f"for example --config=configs/{name}.py:cpu",
             )
         ARGUMENTS[word](config)

@@ -64,12 +64,8 @@ def _flag_values(argv: Sequence[str]) -> flags.FlagValues:
     # A set of flags of its own for each call: absl's global one would keep every override ever parsed.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"{CONFIG_FILE}, and after a colon its arguments: cpu, parity",
-        lock_config=True,
-        flag_values=values,
-        sys_argv=list(argv),
+        "config", None, f"{CONFIG_FILE}, and after a colon its arguments: cpu, parity",
+        lock_config=True, flag_values=values, sys_argv=list(argv),
     )
     flags.DEFINE_string(
         "workdir", None, "folder for checkpoints and metrics; default runs/NAME", flag_values=values
@@ -205,9 +201,7 @@ def _workdir(given: str | None, experiment: Experiment) -> pathlib.Path:
         raise ConfigError("--workdir", "a folder", given, "leave the flag out for runs/NAME")
     if not re.fullmatch(r"\w[\w.+-]*", experiment.name):
         raise ConfigError(
-            "name",
-            "letters, digits and .+-_ where it names the folder of the run",
-            experiment.name,
+            "name", "letters, digits and .+-_ where it names the folder of the run", experiment.name,
             "change it, or give --workdir=DIR",
         )
     return pathlib.Path("runs") / experiment.name

@@ -102,7 +102,9 @@ class RecurrentModel(nnx.Module):
       rngs: for the initial values.
     """
 
-    def __init__(self, *, width: int = 64, num_layers: int = 2, branch: ModelConfig = BRANCH, rngs: nnx.Rngs):
+    def __init__(
+        self, *, width: int = 64, num_layers: int = 2, branch: ModelConfig = BRANCH, rngs: nnx.Rngs
+    ):
         self.embedding = nnx.Embed(VOCAB_SIZE, width, rngs=rngs)
         self.layers = nnx.List([Layer(width, branch, rngs=rngs) for _ in range(num_layers)])
         self.norm = nnx.RMSNorm(width, rngs=rngs)

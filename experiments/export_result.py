@@ -35,14 +35,7 @@ MOST_POINTS = 200
 MOST_BYTES = 60_000
 # In the order in which a result names them.
 _WHERE = (
-    "command",
-    "commit",
-    "uncommitted_changes",
-    "note",
-    "device",
-    "platform",
-    "versions",
-    "implementation",
+    "command", "commit", "uncommitted_changes", "note", "device", "platform", "versions", "implementation",
     "earlier_sessions",
 )
 # What a run's sessions may differ in without being measured differently.
@@ -88,9 +81,7 @@ def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
     experiment = Experiment.from_dict(config["experiment"])
     if config.get("module"):
         raise ConfigError(
-            "workdir",
-            "a run whose model its settings describe",
-            str(workdir),
+            "workdir", "a run whose model its settings describe", str(workdir),
             f"its model is a module {config['module']} of its own",
         )
     done = RunFolder(workdir, experiment).result()
@@ -104,9 +95,7 @@ def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
         measured = _measured(entries, done)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            "workdir",
-            "a run whose metrics.jsonl and result.json are whole",
-            str(workdir),
+            "workdir", "a run whose metrics.jsonl and result.json are whole", str(workdir),
             f"{type(error).__name__}: {error}; restore those files",
         ) from error
     sessions = read_sessions(workdir / "run.json")
@@ -115,14 +104,9 @@ def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
     shapes = nnx.eval_shape(lambda: build_model(experiment.model, rngs=nnx.Rngs(0)))
     num_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
     return {
-        "format_version": results.FORMAT_VERSION,
-        "task": results.TASK,
-        "name": experiment.name,
-        **where,
-        "num_parameters": num_parameters,
-        **measured,
-        "config": config["experiment"],
-        "curve": _curves(entries),
+        "format_version": results.FORMAT_VERSION, "task": results.TASK, "name": experiment.name,
+        **where, "num_parameters": num_parameters, **measured,
+        "config": config["experiment"], "curve": _curves(entries),
     }
 
 
@@ -140,9 +124,7 @@ def write(result: dict[str, Any], out: pathlib.Path, replace: bool = False) -> N
         there = results.read(out)
         if any(there.get(field) != plain(result)[field] for field in ("config", "test", "curve")):
             raise ConfigError(
-                "--out",
-                "a new file, or one of this same run",
-                str(out),
+                "--out", "a new file, or one of this same run", str(out),
                 "it holds the result of another run; give --replace or another --out",
             )
     try:
@@ -163,9 +145,7 @@ def _check_consistent(entries: dict[str, list[dict]], done: RunResult, workdir: 
         or tests != [done.test_accuracy]
     ):
         raise ConfigError(
-            "workdir",
-            "a run whose metrics.jsonl belongs to its result.json",
-            str(workdir),
+            "workdir", "a run whose metrics.jsonl belongs to its result.json", str(workdir),
             "its last step, best validation or test accuracy differ; restore those files",
         )
 
@@ -189,10 +169,8 @@ def _measured(entries: dict[str, list[dict]], done: RunResult) -> dict[str, Any]
         "best_step": done.best_step,
         "best_valid_accuracy": round(done.best_valid_accuracy, 6),
         "test": {
-            "accuracy": round(done.test_accuracy, 6),
-            "loss": round(done.test_loss, 6),
-            "num_items": sum(map(sum, table["num_items"])),
-            "by_size": table,
+            "accuracy": round(done.test_accuracy, 6), "loss": round(done.test_loss, 6),
+            "num_items": sum(map(sum, table["num_items"])), "by_size": table,
         },
         "speed": speed,
         "seconds": {
@@ -242,11 +220,8 @@ def _given(options: Any) -> dict[str, Any]:
     """What the command line says of the run; only what it does say."""
     device = None if options.device is None else {"kind": options.device, "count": options.device_count}
     values = {
-        "command": options.command,
-        "commit": _commit(options.commit),
-        "device": device,
-        "versions": _versions(options.versions),
-        "note": options.note,
+        "command": options.command, "commit": _commit(options.commit), "device": device,
+        "versions": _versions(options.versions), "note": options.note,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -67,9 +67,7 @@ def _prepare_jax() -> None:
         jax.devices()
     except RuntimeError as error:
         raise ConfigError(
-            "JAX_PLATFORMS",
-            "a platform that is there",
-            os.environ.get("JAX_PLATFORMS"),
+            "JAX_PLATFORMS", "a platform that is there", os.environ.get("JAX_PLATFORMS"),
             command_line.one_line(error),
         ) from error
 

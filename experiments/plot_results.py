@@ -53,9 +53,7 @@ def draw(result: dict[str, Any], out: pathlib.Path) -> None:
 
     # The same result gives the same file, byte for byte, and text stays text.
     settings = {
-        "svg.hashsalt": "hax_jax",
-        "svg.fonttype": "none",
-        "font.size": 10,
+        "svg.hashsalt": "hax_jax", "svg.fonttype": "none", "font.size": 10,
         # A short list of fonts: an SVG file repeats it for each text.
         "font.sans-serif": ["DejaVu Sans", "Arial"],
     }
@@ -109,14 +107,8 @@ def _draw_curve(axes, result: dict[str, Any]) -> None:
         axes.axhline(value, color=REFERENCE, linewidth=0.9, linestyle=(0, (4, 3)))
         # At the right end a curve has mostly risen past its line, or is far below it.
         axes.annotate(
-            text,
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=REFERENCE,
+            text, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
+            ha="right", va="bottom", color=REFERENCE,
         )
     axes.set_xlim(0, result["steps"])
     axes.set_ylim(0, 103)

@@ -38,20 +38,8 @@ PAPER = {
 }
 
 _FIELDS = (
-    "task",
-    "name",
-    "command",
-    "commit",
-    "config",
-    "device",
-    "versions",
-    "implementation",
-    "num_parameters",
-    "steps",
-    "best_step",
-    "test",
-    "speed",
-    "curve",
+    "task", "name", "command", "commit", "config", "device", "versions", "implementation", "num_parameters",
+    "steps", "best_step", "test", "speed", "curve",
 )
 
 

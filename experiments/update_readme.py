@@ -103,11 +103,8 @@ def _details(path: pathlib.Path, result: dict[str, Any], root: pathlib.Path) -> 
     model, data, training = experiment.model, experiment.data, experiment.training
     versions = result["versions"]
     circumstances = [
-        f"seed {experiment.seed}",
-        f"learning rate {training.learning_rate:g}",
-        f"batch {training.batch_size}",
-        f"{model.routing} routing",
-        f"{model.precision} precision",
+        f"seed {experiment.seed}", f"learning rate {training.learning_rate:g}",
+        f"batch {training.batch_size}", f"{model.routing} routing", f"{model.precision} precision",
         f"trained on {_source(data, data.train_source)}",
         f"tested on {_source(data, data.eval_source)} ({result['test']['num_items']:,} sequences)",
         f"commit {result['commit'][:7]}",

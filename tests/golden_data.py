@@ -16,20 +16,10 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 SPARSE_VARIANTS = {
     "mamba": (
-        "dilated",
-        "hax",
-        "key_selection",
-        "sign_bin_lsh",
-        "sliding_window",
-        "sliding_window_and_dilated",
+        "dilated", "hax", "key_selection", "sign_bin_lsh", "sliding_window", "sliding_window_and_dilated",
     ),
     "mamba2": (
-        "dilated",
-        "full",
-        "hax",
-        "key_selection",
-        "sign_bin_lsh",
-        "sliding_window",
+        "dilated", "full", "hax", "key_selection", "sign_bin_lsh", "sliding_window",
         "sliding_window_and_sink",
     ),
 }
@@ -41,14 +31,8 @@ DENSE_GRADIENTS = ("B_mamba2_grad.npz",)
 OPERATIONS = tuple(
     f"C_{name}.npz"
     for name in (
-        "causal_conv_silu",
-        "ranking_loss",
-        "rmsnorm",
-        "rmsnorm_gated",
-        "selective_scan",
-        "ssd_groups1",
-        "ssd_groups2",
-        "window_attention",
+        "causal_conv_silu", "ranking_loss", "rmsnorm", "rmsnorm_gated", "selective_scan", "ssd_groups1",
+        "ssd_groups2", "window_attention",
     )
 )
 DATA_SETS = ("D_dataset_small.npz",)

@@ -139,9 +139,7 @@ def create_dataset(plan: Plan, report: Report = print) -> Manifest:
         bare = Manifest(directory, plan.settings, shards, text={})
         text = {split: _text_form(plan, bare, split, report, write=plan.text) for split in plan.splits}
         content = {
-            "format": FORMAT,
-            "settings": plan.settings,
-            "text": text,
+            "format": FORMAT, "settings": plan.settings, "text": text,
             "splits": {split: [dataclasses.asdict(shard) for shard in shards[split]] for split in shards},
         }
         manifest = parse_manifest(directory, content)
@@ -223,9 +221,7 @@ def _begin_or_resume(directory: pathlib.Path, plan: Plan) -> dict[str, Any] | No
 
 def _not_ours(directory: pathlib.Path, problem: str) -> ConfigError:
     return ConfigError(
-        "data_dir",
-        "a new or empty folder, or one where this same data set was begun",
-        str(directory),
+        "data_dir", "a new or empty folder, or one where this same data set was begun", str(directory),
         f"{problem}; nothing was changed, name another folder",
     )
 
@@ -245,9 +241,7 @@ def _check_space(directory: pathlib.Path, plan: Plan) -> None:
         needed += items * plan.config.padded_length * (plan.layout.dtype.itemsize * 2 + 4)
     if (free := shutil.disk_usage(directory).free) < needed:
         raise ConfigError(
-            "data_dir",
-            f"on a disk with {needed / 2**30:.1f} GiB free",
-            str(directory),
+            "data_dir", f"on a disk with {needed / 2**30:.1f} GiB free", str(directory),
             f"there are {free / 2**30:.1f} GiB; free some space or name another folder",
         )
 
@@ -336,3 +330,4 @@ def _text_form(plan: Plan, manifest: Manifest, split: str, report: Report, write
 
 def _described(plan: Plan) -> str:
     return ", ".join(f"{plan.items_per_pair[s] * plan.config.num_pairs:,} {s} items" for s in plan.splits)
+

@@ -55,9 +55,7 @@ def token_dtype(config: DataConfig) -> np.dtype:
     """
     if config.min_vocab_size > 2**16:
         raise ConfigError(
-            "data.n_value",
-            "small enough for 65536 token ids in all",
-            config.n_value,
+            "data.n_value", "small enough for 65536 token ids in all", config.n_value,
             f"these tables need {config.min_vocab_size} ids; lower it, data.max_n_key or data.max_n_context, "
             "or use the stream",
         )
@@ -190,9 +188,7 @@ def check_enough_items(config: DataConfig, items_per_pair: int) -> None:
     for c, k in table_sizes(config).tolist():
         if (available := distinct_items(c, k, config.n_value)) < items_per_pair:
             raise ConfigError(
-                "items_per_pair",
-                f"at most {available}, in all splits together",
-                items_per_pair,
+                "items_per_pair", f"at most {available}, in all splits together", items_per_pair,
                 f"tables of {c} context(s), {k} key(s) and {config.n_value} values give no more items",
             )
 

@@ -132,10 +132,8 @@ class _StreamItems(Split):
         self.num_items = None if split == "train" else config.num_pairs * config.n_eval_per_pair
         if self.num_items and self.num_items > _MOST_ITEMS:
             raise ConfigError(
-                "data.n_eval_per_pair",
-                f"at most {_MOST_ITEMS // config.num_pairs}, 2^32 items in all",
-                config.n_eval_per_pair,
-                "lower it",
+                "data.n_eval_per_pair", f"at most {_MOST_ITEMS // config.num_pairs}, 2^32 items in all",
+                config.n_eval_per_pair, "lower it",
             )
 
     def materialize(self, raw: RawBatch) -> Batch:

@@ -89,9 +89,7 @@ class Manifest:
         return DataConfig(
             **{name: self.settings[name] for name in SETTINGS},
             n_eval_per_pair=self.settings["items_per_pair"]["valid"],
-            train_source="dataset",
-            eval_source="dataset",
-            data_dir=str(self.directory),
+            train_source="dataset", eval_source="dataset", data_dir=str(self.directory),
         )
 
 
@@ -144,18 +142,14 @@ def check_settings(manifest: Manifest, config: DataConfig) -> None:
         stored, wanted = manifest.settings[name], getattr(config, name)
         if stored != wanted:
             raise ConfigError(
-                f"data.{name}",
-                f"{stored}, as in the data set {str(manifest.directory)!r}",
-                wanted,
+                f"data.{name}", f"{stored}, as in the data set {str(manifest.directory)!r}", wanted,
                 "use the data set's value, or create another data set",
             )
     stored = manifest.settings["items_per_pair"]["valid"]
     if config.n_eval_per_pair > stored:
         raise ConfigError(
-            "data.n_eval_per_pair",
-            f"at most {stored}, as in the data set {str(manifest.directory)!r}",
-            config.n_eval_per_pair,
-            "lower it, or create another data set",
+            "data.n_eval_per_pair", f"at most {stored}, as in the data set {str(manifest.directory)!r}",
+            config.n_eval_per_pair, "lower it, or create another data set",
         )
 
 
@@ -179,8 +173,7 @@ class StoredSplit:
     def __init__(self, manifest: Manifest, split: str, check_sha256: bool | None = None):
         if split not in manifest.splits:
             raise DatasetError(
-                manifest.directory,
-                f"it has no split {split!r}, only {', '.join(manifest.splits)}",
+                manifest.directory, f"it has no split {split!r}, only {', '.join(manifest.splits)}",
                 "create one in another folder with this split among --splits",
             )
         self._manifest, self.split = manifest, split

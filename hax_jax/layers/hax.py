@@ -216,8 +216,7 @@ class HaxBranch(nnx.Module):
             else:
                 key_scores = self.scorer(keys, rule.query_summary(queries, sequence))
                 scores = lax.stop_gradient(key_scores)
-                expiry = key_lifetimes(scores, size, segment_ids=ids, implementation=chosen)
-                sources.append(Lifetimes(size, expiry))
+                sources.append(Lifetimes(key_lifetimes(scores, size, segment_ids=ids, implementation=chosen)))
         return KeySet(tuple(sources)), key_scores
 
     def _fixed_projection(self) -> jax.Array:

@@ -7,22 +7,19 @@ import jax
 NAMES = ("reference", "xla", "mosaic_gpu")
 
 
-def resolve(
-    op: str, implementation: str | None, available: Mapping[str, Callable], preferred: str = "xla"
-) -> Callable:
-    """Returns the function that `implementation` names, or for None the op's own choice.
+def resolve(op: str, implementation: str | None, available: Mapping[str, Callable]) -> Callable:
+    """Returns the function that `implementation` names, or for None the best one this op has.
 
     Args:
       op: the op's name, for the message.
-      implementation: one of `NAMES`, or None.
+      implementation: one of `NAMES`, or None for the op's own choice ('xla', which runs anywhere).
       available: the op's implementations by name.
-      preferred: what None means for this call; 'xla' runs anywhere.
 
     Raises:
       ValueError: the name is unknown, or the op has no such implementation.
     """
     if implementation is None:
-        return available[preferred]
+        return available["xla"]
     if implementation not in NAMES:
         raise ValueError(
             f"`implementation` of {op} must be None or one of {', '.join(NAMES)}, got {implementation!r}"
@@ -50,9 +47,3 @@ def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[in
     """Raises ValueError where a shape is not the expected one; `legend` names its letters."""
     if got != expected:
         raise ValueError(f"`{argument}` of {op} must have shape ({legend}) = {expected}, got {got}")
-
-
-def has_mosaic_gpu() -> bool:
-    """Whether the default device is a GPU that Mosaic GPU kernels are made for: Hopper or newer."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", "0")) >= 9.0

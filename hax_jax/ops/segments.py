@@ -17,12 +17,6 @@ def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
     return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=False)
 
 
-def numbers(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Numbers the segments of all rows from 0 up, in the order of the rows laid end to end."""
-    first = starts(segment_ids).at[:, 0].set(True)
-    return jnp.cumsum(first.reshape(-1).astype(jnp.int32)).reshape(segment_ids.shape) - 1
-
-
 def positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Position of each token inside its segment, from 0."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]

@@ -218,9 +218,7 @@ def check_matches(restored: Restored, experiment: dict[str, Any], like: Any, fol
         problem = config_differences(stored, wanted)
     if problem:
         raise ConfigError(
-            "workdir",
-            "a folder whose checkpoints are of this run",
-            str(folder),
+            "workdir", "a folder whose checkpoints are of this run", str(folder),
             f"step {restored.step} there was saved with {problem}; choose another folder",
         )
 

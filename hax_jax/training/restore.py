@@ -63,9 +63,7 @@ def load(
     experiment = Experiment.from_dict(config["experiment"])
     if config.get("module") and model is None:
         raise ConfigError(
-            "workdir",
-            "the folder of a run whose model its settings describe",
-            str(workdir),
+            "workdir", "the folder of a run whose model its settings describe", str(workdir),
             f"its model is a module {config['module']} of its own: "
             "use hax_jax.training.load(workdir, model=...) and score",
         )

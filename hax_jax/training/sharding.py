@@ -23,9 +23,7 @@ def make_mesh(**batch_sizes: int) -> Mesh:
         if size % len(devices):
             nearest = max(round(size / len(devices)), 1) * len(devices)
             raise ConfigError(
-                f"training.{field}",
-                f"a multiple of the {len(devices)} devices",
-                size,
+                f"training.{field}", f"a multiple of the {len(devices)} devices", size,
                 f"use {nearest}, or show fewer devices to the run (CUDA_VISIBLE_DEVICES)",
             )
     # With the axis type Auto the compiler splits the work; results do not depend on the number of devices

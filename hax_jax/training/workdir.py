@@ -112,9 +112,7 @@ class RunFolder:
             return RunResult(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                "workdir",
-                "a folder whose result.json is readable",
-                str(self.path),
+                "workdir", "a folder whose result.json is readable", str(self.path),
                 f"delete that file and run again to test the best checkpoint anew ({error})",
             ) from error
 
@@ -128,9 +126,7 @@ class RunFolder:
             holder = os.pread(self._descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._descriptor)
             raise ConfigError(
-                "workdir",
-                "a folder that no other run is using",
-                str(self.path),
+                "workdir", "a folder that no other run is using", str(self.path),
                 f"process {holder} is training in it; wait for it, end it, or choose another folder",
             ) from None
         os.ftruncate(self._descriptor, 0)
@@ -142,9 +138,7 @@ class RunFolder:
             # Empty folders are made before config.json.
             if any(any(self.path.glob(name)) for name in ("checkpoints/*", "best/*", "result.json")):
                 raise ConfigError(
-                    "workdir",
-                    "a new folder, or one of this run",
-                    str(self.path),
+                    "workdir", "a new folder, or one of this run", str(self.path),
                     "it has checkpoints or a result but no config.json to tell which run they are of",
                 )
             return
@@ -154,9 +148,7 @@ class RunFolder:
         )
         if differences:
             raise ConfigError(
-                "workdir",
-                "a new folder, or one of this same run",
-                str(self.path),
+                "workdir", "a new folder, or one of this same run", str(self.path),
                 f"it holds a run with {differences}; choose another folder",
             )
 
@@ -176,17 +168,13 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "workdir",
-            "a folder whose config.json is readable",
-            str(workdir),
+            "workdir", "a folder whose config.json is readable", str(workdir),
             f"{error}; choose another folder",
         ) from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION or not isinstance(content.get("experiment"), dict):
         raise ConfigError(
-            "workdir",
-            f"a folder of format version {FORMAT_VERSION}",
-            str(workdir),
+            "workdir", f"a folder of format version {FORMAT_VERSION}", str(workdir),
             f"its config.json has format version {version!r}; choose another folder",
         )
     return content

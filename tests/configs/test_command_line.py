@@ -177,9 +177,7 @@ def test_in_a_process_of_its_own(folder):
 def test_no_such_platform(folder):
     script = str(REPOSITORY / "experiments" / "joint_recall.py")
     done = subprocess.run(
-        [sys.executable, script, HAX],
-        capture_output=True,
-        text=True,
+        [sys.executable, script, HAX], capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "abacus", "HOME": str(folder)},
     )
     assert done.returncode == 2
@@ -200,18 +198,9 @@ def test_good_command_line(folder):
     from experiments import command_line
 
     command = command_line.parse(
-        [
-            "joint_recall.py",
-            f"{HAX}:cpu",
-            "--workdir",
-            "here",
-            "--config.model.sparse_keys",
-            "32",
-            "--config.training.learning_rate=1",
-            "--noconfig.training.tensorboard",
-            "--config.model.num_hash=3",
-            "--config.model.num_hash=4",
-        ]
+        ["joint_recall.py", f"{HAX}:cpu", "--workdir", "here", "--config.model.sparse_keys", "32",
+         "--config.training.learning_rate=1", "--noconfig.training.tensorboard", "--config.model.num_hash=3",
+         "--config.model.num_hash=4"]
     )
     assert command.workdir == pathlib.Path("here")
     assert command.experiment.name == "mamba2_hax_cpu"

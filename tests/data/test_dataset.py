@@ -139,13 +139,8 @@ def test_finished_shards_are_kept_and_damaged_ones_written_again(tmp_path, monke
 def test_a_killed_process_leaves_no_data_set_and_the_next_one_finishes_it(tmp_path, whole):
     folder = tmp_path / "data"
     arguments = [
-        sys.executable,
-        command.__file__,
-        f"--data_dir={folder}",
-        "--n_train_per_pair=1500",
-        "--n_eval_per_pair=2",
-        "--max_n_context=8",
-        "--seed=5",
+        sys.executable, command.__file__, f"--data_dir={folder}", "--n_train_per_pair=1500",
+        "--n_eval_per_pair=2", "--max_n_context=8", "--seed=5",
     ]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:

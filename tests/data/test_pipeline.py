@@ -51,13 +51,8 @@ def test_a_batch_is_consistent(config):
     batch = batches(make_split(config, "train"), 2 * config.num_pairs, 1, repeat=True)[0]
     b, t = 2 * config.num_pairs, config.padded_length - 1
     kinds = {
-        "tokens": np.int32,
-        "targets": np.int32,
-        "score_mask": bool,
-        "padding_mask": bool,
-        "n_context": np.int32,
-        "n_key": np.int32,
-        "item_weight": np.float32,
+        "tokens": np.int32, "targets": np.int32, "score_mask": bool, "padding_mask": bool,
+        "n_context": np.int32, "n_key": np.int32, "item_weight": np.float32,
     }
     for name, kind in kinds.items():
         array = getattr(batch, name)
@@ -207,14 +202,8 @@ def test_numbers_of_items_do_not_overflow():
 
 def test_a_wider_vocabulary_gives_the_same_batches(tmp_path):
     config = DataConfig(
-        min_n_context=2,
-        max_n_context=2,
-        min_n_key=3,
-        max_n_key=3,
-        n_value=400,
-        n_eval_per_pair=2,
-        eval_source="dataset",
-        data_dir=str(tmp_path / "wide"),
+        min_n_context=2, max_n_context=2, min_n_key=3, max_n_key=3, n_value=400, n_eval_per_pair=2,
+        eval_source="dataset", data_dir=str(tmp_path / "wide"),
     )
     create_dataset(Plan(config, 1), report=lambda line: None)
     split = make_split(config, "test")

@@ -116,12 +116,7 @@ def test_a_damaged_or_foreign_manifest_is_one_clear_error(copy):
 
     outside = {**good["splits"]["train"][0], "name": "../../train-00000-of-00001.arrayrecord"}
     for text in (
-        "",
-        "[]",
-        "{}",
-        path.read_text()[:-100],
-        "\x00",
-        changed(format="other"),
+        "", "[]", "{}", path.read_text()[:-100], "\x00", changed(format="other"),
         changed(settings={**good["settings"], "n_value": "16"}),
         changed(settings={**good["settings"], "items_per_pair": {"train": 3}}),
         changed(settings={**good["settings"], "items_per_pair": {"train": 4, "valid": 2, "test": 2}}),

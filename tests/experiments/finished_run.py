@@ -43,13 +43,8 @@ def make(workdir: pathlib.Path, settings: Experiment | None = None, sessions: An
     _write(
         workdir / "result.json",
         {
-            "stopped": "finished",
-            "steps": 1000,
-            "best_step": 1000,
-            "best_valid_accuracy": 1000 / 1300,
-            "test_accuracy": 0.78125,
-            "test_loss": 1.1234567891,
-            "test_by_size": table,
+            "stopped": "finished", "steps": 1000, "best_step": 1000, "best_valid_accuracy": 1000 / 1300,
+            "test_accuracy": 0.78125, "test_loss": 1.1234567891, "test_by_size": table,
         },
     )
     return workdir
@@ -58,15 +53,10 @@ def make(workdir: pathlib.Path, settings: Experiment | None = None, sessions: An
 def session(**changes: Any) -> dict[str, Any]:
     """One process's entry of run.json."""
     return {
-        "started": "2026-01-02T03:04:05+00:00",
-        "seconds": 60.0,
-        "command": "python experiments/joint_recall.py --config=tiny.py",
-        "commit": "a" * 40,
-        "uncommitted_changes": False,
-        "device": {"kind": "NVIDIA H200", "count": 2, "hosts": 1},
-        "versions": {"jax": "0.11.2", "python": "3.12.3"},
-        "platform": "Linux",
-        "implementation": "xla",
+        "started": "2026-01-02T03:04:05+00:00", "seconds": 60.0,
+        "command": "python experiments/joint_recall.py --config=tiny.py", "commit": "a" * 40,
+        "uncommitted_changes": False, "device": {"kind": "NVIDIA H200", "count": 2, "hosts": 1},
+        "versions": {"jax": "0.11.2", "python": "3.12.3"}, "platform": "Linux", "implementation": "xla",
         **changes,
     }
 

@@ -11,10 +11,7 @@ from tests.experiments import finished_run
 from tests.experiments.finished_run import experiment, make, session
 
 GIVEN = [
-    "--command=python x",
-    f"--commit={'b' * 40}",
-    "--device=NVIDIA H200",
-    "--versions=jax=0.11.2,cuda=13",
+    "--command=python x", f"--commit={'b' * 40}", "--device=NVIDIA H200", "--versions=jax=0.11.2,cuda=13",
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hax_jax import ops
 from hax_jax.ops import segments
-from hax_jax.ops.sparse_attention import dense, plan, xla
+from hax_jax.ops.sparse_attention import xla
 from tests.ops.cases import (
     assert_close,
     forms_of,
@@ -46,7 +46,7 @@ def make_key_set(names, length: int, segment_ids) -> ops.KeySet:
         "sink": ops.Sink(SIZE, position),
         "dilated": ops.Dilated(7, position),
         "hash": ops.HashBuckets(SIZE, query_code, count, key_code, order),
-        "lifetimes": ops.Lifetimes(SIZE, ops.key_lifetimes(scores, SIZE, segment_ids=segment_ids)),
+        "lifetimes": ops.Lifetimes(ops.key_lifetimes(scores, SIZE, segment_ids=segment_ids)),
     }
     return ops.KeySet(tuple(sources[name] for name in names))
 
@@ -67,20 +67,17 @@ def run(inputs, key_set, segment_ids, form, **settings):
     )
 
 
-@pytest.fixture(params=["unrolled", "looped", "chunks"])
+@pytest.fixture(params=["unrolled", "looped"])
 def small_tiles(request, monkeypatch):
-    """Tiles of 16 queries, so that short rows have many: dense ones, unrolled or as a loop, or chunks."""
-    monkeypatch.setattr(dense, "BLOCK_Q", 16)
-    monkeypatch.setattr(dense, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
-    monkeypatch.setattr(plan, "CHUNK", 16)
-    monkeypatch.setattr(xla, "MIN_LENGTH_OF_CHUNKS", 0 if request.param == "chunks" else 1 << 30)
+    """Tiles of 16 queries, so that short rows have many; laid out one after the other, or as a loop."""
+    monkeypatch.setattr(xla, "BLOCK_Q", 16)
+    monkeypatch.setattr(xla, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-# The kernels have tests of their own: test_sparse_attention_mosaic_gpu.py.
-ALL_FORMS = tuple(form for form in forms_of("sparse_attention") if form != "mosaic_gpu")
+ALL_FORMS = tuple(forms_of("sparse_attention"))
 FORMS = [form for form in ALL_FORMS if form != "reference"]
 
 
@@ -188,7 +185,7 @@ def test_xla_memory_is_linear_in_the_length():
 
         def loss(x, v, expiry):
             return ops.sparse_attention(
-                x, x, v, ops.KeySet((ops.Lifetimes(8, expiry),)), implementation="xla"
+                x, x, v, ops.KeySet((ops.Lifetimes(expiry),)), implementation="xla"
             ).sum()
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, v, expiry).compile()

@@ -14,12 +14,7 @@ from hax_jax.training.relabel import RelabeledSplit, check_fits, new_names
 from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, tiny_experiment
 
 MODEL = ModelConfig(
-    arch="mamba",
-    vocab_size=VOCAB_SIZE,
-    hidden_size=4,
-    num_layers=1,
-    state_size=2,
-    time_step_rank=1,
+    arch="mamba", vocab_size=VOCAB_SIZE, hidden_size=4, num_layers=1, state_size=2, time_step_rank=1,
     chunk_size=8,
 )
 
@@ -37,9 +32,7 @@ def test_repeats_the_scores_of_the_run(run, tmp_path, capsys):
     assert evaluate.main([str(folder), f"--json={tmp_path / 'scores.json'}"]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["accuracy"], scores["loss"], scores["step"]) == (
-        result.test_accuracy,
-        result.test_loss,
-        result.best_step,
+        result.test_accuracy, result.test_loss, result.best_step
     )
     assert scores["by_size"] == result.test_by_size
     out = capsys.readouterr().out

@@ -262,17 +262,8 @@ def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
 
 def test_model_of_the_settings_trains_and_is_restored(tmp_path):
     model = ModelConfig(
-        arch="mamba2",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        num_layers=1,
-        state_size=4,
-        num_heads=2,
-        head_dim=8,
-        chunk_size=8,
-        sparse_arch="sign_bin_lsh+key_selection",
-        sparse_keys=4,
-        num_hash=2,
+        arch="mamba2", vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2,
+        head_dim=8, chunk_size=8, sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2,
     )
     settings = dataclasses.replace(tiny_experiment(num_steps=2), model=model)
     result = train(settings, tmp_path)

@@ -27,15 +27,8 @@ def test_lines_reach_the_file_at_once_and_are_strict_json(tmp_path):
 
 def test_resuming_drops_exactly_what_will_be_written_again(tmp_path):
     lines = write(
-        tmp_path,
-        (10, "train"),
-        (20, "train"),
-        (20, "valid"),
-        (30, "train"),
-        (40, "train"),
-        (40, "valid"),
-        (50, "test"),
-        tail=b'{"step": 60, "ki',
+        tmp_path, (10, "train"), (20, "train"), (20, "valid"), (30, "train"), (40, "train"), (40, "valid"),
+        (50, "test"), tail=b'{"step": 60, "ki',
     )
     writer = MetricsWriter(tmp_path, 40, 20)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:5])
@@ -114,11 +107,5 @@ def test_progress_line_names_everything(monkeypatch):
 
 def test_durations():
     assert [duration(x) for x in (0.4, 59.6, 185.0, 7800.0, 273_600.0, math.nan, math.inf)] == [
-        "0 s",
-        "1 min 0 s",
-        "3 min 5 s",
-        "2 h 10 min",
-        "3 d 4 h",
-        "unknown time",
-        "unknown time",
+        "0 s", "1 min 0 s", "3 min 5 s", "2 h 10 min", "3 d 4 h", "unknown time", "unknown time",
     ]

@@ -20,7 +20,9 @@ def gradients(seed=0):
     """Gradients of two parameters over the steps, of scales from 1e-6 to 10."""
     rng = np.random.default_rng(seed)
     scales = 10.0 ** rng.uniform(-6, 1, size=(7,))
-    return [{"a": rng.normal(size=(5, 7)) * scales, "b": rng.normal(size=(3,))} for _ in range(STEPS)]
+    return [
+        {"a": rng.normal(size=(5, 7)) * scales, "b": rng.normal(size=(3,))} for _ in range(STEPS)
+    ]
 
 
 def start():

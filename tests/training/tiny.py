@@ -57,21 +57,11 @@ class TinyModel(nnx.Module):
 def tiny_experiment(seed: int = 0, data: DataConfig = DATA, **training: Any) -> Experiment:
     """An experiment of a few steps; keywords are settings of `TrainingConfig`."""
     settings = {
-        "batch_size": 8,
-        "num_steps": 12,
-        "learning_rate": 0.02,
-        "warmup_steps": 2,
-        "log_every_steps": 2,
-        "eval_every_steps": 4,
-        "checkpoint_every_steps": 3,
-        "eval_batch_size": 8,
-        "tensorboard": False,
+        "batch_size": 8, "num_steps": 12, "learning_rate": 0.02, "warmup_steps": 2, "log_every_steps": 2,
+        "eval_every_steps": 4, "checkpoint_every_steps": 3, "eval_batch_size": 8, "tensorboard": False,
     }
     return Experiment(
-        name="tiny",
-        seed=seed,
-        model=ModelConfig(vocab_size=VOCAB_SIZE),
-        data=data,
+        name="tiny", seed=seed, model=ModelConfig(vocab_size=VOCAB_SIZE), data=data,
         training=TrainingConfig(**{**settings, **training}),
     )
 
@@ -100,10 +90,6 @@ def start_python(code: str, *arguments: str, devices: int = 1, cache: pathlib.Pa
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", code, *arguments], env=environment, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )

@@ -10,26 +10,16 @@ from jax import lax
 from hax_jax.ops import segments
 
 
-def merge_buckets(query_code, key_code, segment_ids):
-    """Sorts keys and queries together by (segment, code, time).
-
-    Returns (b, 2 t) arrays in that order: times, where 2 i is the key and 2 i + 1 the query of position i,
-    then segments and codes.
-    """
+def bucket_orders(query_code, key_code, segment_ids):
     batch, length = query_code.shape
     ids = segments.as_array(segment_ids, query_code.shape)
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    # A query comes right after the key of its own position.
+    # Even times are keys, odd ones queries: a query comes right after the key of its own position.
     time = jnp.concatenate([2 * position, 2 * position + 1], axis=1)
     code = jnp.concatenate([key_code, query_code], axis=1)
     segment = jnp.concatenate([ids, ids], axis=1)
     segment, code, time = lax.sort((segment, code, time), dimension=1, num_keys=3)
-    return time, segment, code
 
-
-def bucket_orders(query_code, key_code, segment_ids):
-    batch, length = query_code.shape
-    time, segment, code = merge_buckets(query_code, key_code, segment_ids)
     is_key = (time % 2 == 0).astype(jnp.int32)
     keys_before = jnp.cumsum(is_key, axis=1) - is_key
     new_run = (segment[:, 1:] != segment[:, :-1]) | (code[:, 1:] != code[:, :-1])

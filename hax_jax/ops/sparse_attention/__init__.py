@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
-from hax_jax.ops.sparse_attention import mosaic_gpu, reference, xla
+from hax_jax.ops.sparse_attention import reference, xla
 from hax_jax.ops.sparse_attention.key_set import (
     Dilated,
     Full,
@@ -26,11 +26,7 @@ __all__ = [
     "sparse_attention",
 ]
 
-IMPLEMENTATIONS = {
-    "xla": xla.sparse_attention,
-    "reference": reference.sparse_attention,
-    "mosaic_gpu": mosaic_gpu.sparse_attention,
-}
+IMPLEMENTATIONS = {"xla": xla.sparse_attention, "reference": reference.sparse_attention}
 EMPTY_ROWS = ("zero", "uniform")
 
 
@@ -58,23 +54,19 @@ def sparse_attention(
       scale: factor of the scores; None is 1 / sqrt(n).
       empty_rows: what a query without visible keys gets: 'zero', or 'uniform', the mean of v over all t
         positions (a fault of the original, for parity).
-      implementation: None (the best that can run the call), 'reference' (one t x t mask), 'xla' (any device)
-        or 'mosaic_gpu' (Hopper and newer; bfloat16 or float32, n up to 128). Matmul inputs keep the dtypes of
-        q, k and v; scores, softmax and sums are at least float32.
+      implementation: None, 'reference' (one t x t mask) or 'xla' (a tile of queries at a time). Matmul inputs
+        keep the dtypes of q, k and v; scores, softmax and sums are at least float32.
 
     Returns:
       (b, t, h, e), at least float32.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown `empty_rows`, or an implementation that this op does not
-        have or that cannot run this call.
+      ValueError: shapes that do not fit, an unknown `empty_rows`, or an implementation this op does not have.
 
-    Source: HAX (arXiv 2507.00449), section 4. Memory grows as b t h (n + e), and so does the time of hash
-    buckets, lifetimes, sliding windows and sinks; with other sources, and in short rows of 'xla', time grows
-    as t^2.
+    Source: HAX (arXiv 2507.00449), section 4. Memory grows as b t h (n + e), plus b h block_q t for the tile
+    that 'xla' works on; its time grows as t^2.
     """
-    preferred = "mosaic_gpu" if mosaic_gpu.pays(q, k, v, key_set) else "xla"
-    function = dispatch.resolve("sparse_attention", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve("sparse_attention", implementation, IMPLEMENTATIONS)
     b, t, h, n = q.shape
     dispatch.check_shape("sparse_attention", "k", k.shape, (b, t, h, n), "b, t, h, n")
     dispatch.check_shape("sparse_attention", "v", v.shape, (b, t, h, v.shape[-1]), "b, t, h, e")

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# (b, t) int32; not annotated as an array, since `jax.tree.map` also builds sources of shapes and shardings, and
-# of nothing: a source without its arrays stands for its rule.
+Integers = tuple[jax.Array, ...]
+# (b, t) int32; not annotated as an array, since `jax.tree.map` also builds sources of shapes and shardings.
 PerPosition = Any
-Integers = tuple[PerPosition, ...]
 
 
 @runtime_checkable
@@ -133,14 +132,10 @@ class HashBuckets:
         return (query_code == key_code) & (age >= 0) & (age < self.size) & (j <= i)
 
 
-@_source(static=("size",), arrays=("expiry",))
+@_source(arrays=("expiry",))
 class Lifetimes:
-    """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'.
+    """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'."""
 
-    `size` is that k: the caller's word that no query sees more keys.
-    """
-
-    size: int
     expiry: PerPosition
 
     def rows(self) -> Integers:

@@ -1,0 +1,116 @@
+"""The compiled update of a run as the training loop builds and calls it, with each phase timed."""
+
+import importlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hax_jax.config import ConfigError, Experiment
+from hax_jax.data import make_split
+from hax_jax.training import initialise
+from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch
+from hax_jax.training.optimizer import make_optimizer
+from hax_jax.training.sharding import make_mesh, replicated
+from hax_jax.training.step import make_train_step
+
+# In a CUDA graph a kernel loses the name of the operation it belongs to.
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
+def load(name: str, changes: Sequence[str], tiny: bool = False) -> Experiment:
+    """The experiment of configs/NAME.py, `NAME:argument` as on the training's command line, with changes.
+
+    Args:
+      name: of a config file, with an argument after a colon or without.
+      changes: FIELD=VALUE each, such as 'training.batch_size=32'.
+      tiny: one layer and few rows, for tests.
+
+    Raises:
+      ConfigError: an unknown config, field or value.
+    """
+    file, _, argument = name.partition(":")
+    try:
+        module = importlib.import_module(f"configs.{file}")
+    except ImportError as error:
+        raise ConfigError("--configs", "names of files in configs/", name, str(error)) from error
+    config = module.get_config(argument or ("cpu" if tiny else ""))
+    settings = ["model.num_layers=1", "training.batch_size=2", "training.steps_per_dispatch=2"]
+    for change in [*(settings if tiny else ()), *changes]:
+        path, equals, text = change.partition("=")
+        *groups, field = path.split(".")
+        group = config
+        for part in groups:
+            group = group.get(part)
+        if not equals or group is None or field not in group:
+            raise ConfigError("--set", "FIELD=VALUE with a field of a config", change, "see --help of a run")
+        kind = type(group[field])
+        try:
+            group[field] = text == "True" if kind is bool else kind(text)
+        except ValueError as error:
+            expected = f"{path}= and a value of type {kind.__name__}"
+            raise ConfigError("--set", expected, change, str(error)) from error
+    return Experiment.from_dict(config)
+
+
+class StepProgram:
+    """One run's update on the device, without evaluation, checkpoints and logs.
+
+    Attributes:
+      steps: updates in a dispatch.
+      positions: positions of a batch, pads included.
+      num_parameters: trained numbers.
+      seconds: what each phase took: build, trace (to the compiler's input), compile, state, first_dispatch.
+    """
+
+    def __init__(self, experiment: Experiment):
+        begin = time.perf_counter()
+        training = experiment.training
+        mesh = make_mesh(batch_size=training.batch_size)
+        split = make_split(experiment.data, "train")
+        self._accumulation = training.grad_accumulation_steps
+        self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
+        optimizer = make_optimizer(training)
+        self._beginning = initialise.prepare(experiment, None, optimizer, mesh)
+        train_step = make_train_step(self._beginning.structure, split.materialize, optimizer, training)
+        self.steps = steps_per_dispatch(training, jax.devices()[0].platform)
+        self._update = jax.jit(
+            make_dispatch(train_step), donate_argnums=0, out_shardings=replicated(mesh)
+        )
+        raws = self._raws()
+        one = jax.tree.map(lambda x: x[0, 0], raws)
+        tokens = jax.eval_shape(split.materialize, one).tokens
+        self.positions = tokens.size * self._accumulation
+        self.num_parameters = sum(x.size for x in jax.tree.leaves(self._beginning.shapes.params))
+        self.seconds = {"build": time.perf_counter() - begin}
+        self.compiled: Any = None
+        self._state: Any = None
+
+    def compile(self, options: dict[str, str] | None = None) -> None:
+        """Compiles the update, with compiler options where they are given."""
+        begin = time.perf_counter()
+        lowered = self._update.lower(self._beginning.shapes, self._raws(), np.int32(self.steps))
+        traced = time.perf_counter()
+        self.compiled = lowered.compile(compiler_options=options)
+        self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
+
+    def start(self) -> None:
+        """Makes the first state and takes the first dispatch."""
+        begin = time.perf_counter()
+        self._state = jax.block_until_ready(self._beginning.make())
+        made = time.perf_counter()
+        jax.block_until_ready(self.dispatch())
+        self.seconds |= {"state": made - begin, "first_dispatch": time.perf_counter() - made}
+
+    def dispatch(self) -> dict[str, jax.Array]:
+        """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
+        self._state, metrics = self.compiled(self._state, self._raws(), np.int32(self.steps))
+        return metrics
+
+    def _raws(self) -> Any:
+        rows = [next(self._batches) for _ in range(self.steps)]
+        return jax.tree.map(
+            lambda *x: np.stack(x).reshape(self.steps, self._accumulation, -1, *x[0].shape[1:]), *rows
+        )
