@@ -1,12 +1,14 @@
 """Puts training to the test: what it must survive, tried at random, counted in results/faults/.
 
     python tests/faults/run.py kills --form=plain --trials=100
+    python tests/faults/run.py power --form=plain --trials=1000
     python tests/faults/run.py damage --trials=10000
 
 `kills` ends runs by kill -9 at random moments and holds what comes of them to an undisturbed run, bit for
-bit; `damage` spoils checkpoints and reads them. Counts add up over calls; failures are kept with what led to
-them, and the exit status is 1. --seed repeats the draws of an earlier call (the moments of kills depend on
-the machine's speed all the same).
+bit; `power` does the same to states of the disk after an outage, with torn and reordered writes; `damage`
+spoils checkpoints and reads them. Counts add up over calls; failures are kept with what led to them, and the
+exit status is 1. --seed repeats the draws of an earlier call (the moments of kills depend on the machine's
+speed all the same).
 """
 
 import argparse
@@ -21,11 +23,14 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/hax_jax_faults_{os.getuid()}"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-from tests.faults import damage, kills, report
+from tests.faults import damage, kills, power, report
 from tests.faults.forms import FORMS
 
-KINDS = ("kills", "damage")
+KINDS = ("kills", "power", "damage")
 
 
 def main() -> int:
@@ -33,7 +38,7 @@ def main() -> int:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--form", action="append", choices=FORMS, help="of kills; by default each of them")
+    parser.add_argument("--form", action="append", choices=FORMS, help="of kills and power; default: each")
     parser.add_argument("--trials", type=int, default=100, help="of each form; default 100")
     parser.add_argument("--minutes", type=float, default=60.0, help="at most, for each form; default 60")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
@@ -41,12 +46,18 @@ def main() -> int:
     parser.add_argument("--report", type=pathlib.Path, default=report.FOLDER)
     options = parser.parse_args()
     options.report.mkdir(parents=True, exist_ok=True)
-    cache = pathlib.Path(tempfile.gettempdir()) / f"hax_jax_faults_{os.getuid()}"
+    cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     limits = options.trials, options.seed, 60 * options.minutes
     if options.kind == "kills":
         tries: dict[str, Callable[[], Any]] = {
-            form: lambda form=form: kills.try_form(form, *limits, options.fresh, cache / form)
+            form: lambda form=form: kills.try_form(form, *limits, options.fresh, cache)
             for form in options.form or FORMS
+        }
+    elif options.kind == "power":
+        tries = {
+            form: lambda form=form: power.try_power(form, *limits)
+            for form in options.form or FORMS
+            if FORMS[form].devices == 1
         }
     else:
         tries = {"checkpoints": lambda: damage.try_damage(*limits)}

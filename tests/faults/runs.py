@@ -53,16 +53,22 @@ class Undisturbed:
         """The step of its last checkpoint."""
         return max(int(name.rpartition("/")[2]) for name in self.record["digests"])
 
-    def wrong_after_kill(self, folder: pathlib.Path, before: dict[str, int]) -> Iterator[str]:
+    def wrong_after_kill(
+        self,
+        folder: pathlib.Path,
+        before: dict[str, int],
+        whole_ones: Mapping[str, dict[int, Restored]] | None = None,
+    ) -> Iterator[str]:
         """What must not be in a folder whose run was killed; brings `before`, the newest steps, up to date.
 
         Every whole checkpoint and every readable line of metrics has to be one of the undisturbed run, and no
-        whole checkpoint may have gone without a newer one in its place.
+        whole checkpoint may have gone without a newer one in its place. `whole_ones` has them, if
+        they have been read already.
         """
         for member in self.members:
             for kind in KINDS:
-                place = folder / member / kind
-                found = whole(place) if place.is_dir() else {}
+                found = (whole_ones or {}).get(f"{member}/{kind}")
+                found = whole(folder / member / kind) if found is None else found
                 for step, restored in found.items():
                     name = f"{(self.folder / member).name}/{kind}/{step}"
                     if digest_of(restored.arrays, restored.meta) != self.record["digests"].get(name):
@@ -71,8 +77,8 @@ class Undisturbed:
                 if newest < before.get(f"{member}/{kind}", -1):
                     yield f"{member}/{kind} went back from {before[f'{member}/{kind}']} to {newest}"
                 before[f"{member}/{kind}"] = newest
-            known = _lines(self.folder / member)
-            for line in _lines(folder / member):
+            known = lines_of(self.folder / member)
+            for line in lines_of(folder / member):
                 if line not in known:
                     yield f"{member}/metrics.jsonl holds the foreign line {line}"
 
@@ -80,7 +86,7 @@ class Undisturbed:
         """What differs between a finished run and the undisturbed one, bit for bit."""
         for member in self.members:
             mine, other = folder / member, self.folder / member
-            if _lines(mine) != _lines(other):
+            if lines_of(mine) != lines_of(other):
                 yield f"{member}/metrics.jsonl differs"
             results = [(x / "result.json").read_bytes() for x in (mine, other)]
             if results[0] != results[1]:
@@ -96,9 +102,10 @@ class Undisturbed:
                         yield f"{member}/{kind}/{step} differs"
 
 
-def _lines(folder: pathlib.Path) -> list[str]:
-    """The lines of metrics without what depends on the clock."""
+def lines_of(folder: pathlib.Path, last: Mapping[str, int] | None = None) -> list[str]:
+    """The lines of metrics without what depends on the clock, up to the `last` step of each kind."""
     return [
         json.dumps({name: value for name, value in line.items() if name not in TIMING_FIELDS})
         for line in read_metrics(folder)
+        if last is None or line["step"] <= last.get(line["kind"], -1)
     ]
