@@ -106,11 +106,11 @@ class Mamba(nnx.Module):
             -jnp.exp(A_log.astype(wide_dtype)),
             B,
             C,
+            D=self.D[...],
             segment_ids=sequence.segment_ids,
             chunk_size=self.config.chunk_size,
             implementation=self.config.op_implementation,
         )
-        y = y + self.D[...].astype(wide_dtype) * x
         branch = None
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)

@@ -31,6 +31,7 @@ def scan_inputs(length: int):
         "A": -jnp.exp(normal(g, 6, 3)),
         "B": normal(g, BATCH, length, 3),
         "C": normal(g, BATCH, length, 3),
+        "D": normal(g, 6),
         "initial_state": normal(g, BATCH, 6, 3),
     }
 

@@ -37,7 +37,7 @@ def run(function, inputs, segment_ids, *rest):
     """Outputs and all gradients of a form, called by position as the op calls it."""
 
     def call(inputs):
-        arguments = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "initial_state")]
+        arguments = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "initial_state")]
         return function(*arguments, segment_ids, *rest)
 
     return with_gradients(call, inputs)
@@ -61,7 +61,7 @@ def test_interpreted_kernels_equal_the_reference(case):
     tiles, channels, length, everything = INTERPRETED[case]
     inputs, segment_ids = make_inputs(1, length, channels, 8), None
     if everything:
-        inputs["initial_state"] = normal(rng(22), 1, channels, 8)
+        inputs["D"], inputs["initial_state"] = normal(rng(22), channels), normal(rng(24), 1, channels, 8)
         segment_ids = make_segments(rng(23), 1, length)
     want = run(reference.selective_scan, inputs, segment_ids, 64)
     # The interpreter does not know that reads beyond the end give zeros, so whole tiles are made before.
@@ -76,6 +76,7 @@ def test_kernels_lower_for_a_gpu_without_one(states, dtype):
     """Layouts, shared memory and copies are checked on any machine; lengths and channels as in the task."""
     length, channels = 1057, 128
     inputs = jax.eval_shape(lambda: make_inputs(2, length, channels, states, dtype))
+    inputs["D"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
     inputs["initial_state"] = jax.ShapeDtypeStruct((2, channels, states), jnp.float32)
     segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
     tiles = Tiles(steps=16 if states == 8 else 8, programs=16, backward_programs=16)
@@ -125,7 +126,7 @@ def poison_memory() -> None:
 def test_kernels_equal_the_reference(batch, length, channels, everything, dtype):
     inputs, segment_ids = make_inputs(batch, length, channels, 16, dtype), None
     if everything:
-        inputs["initial_state"] = normal(rng(22), batch, channels, 16)
+        inputs["D"], inputs["initial_state"] = normal(rng(22), channels), normal(rng(24), batch, channels, 16)
         segment_ids = make_segments(rng(23), batch, length)
     want = run(reference.selective_scan, inputs, segment_ids, 64)
     poison_memory()

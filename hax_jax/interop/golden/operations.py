@@ -64,10 +64,9 @@ def _selective_scan(x, implementation):
     time_first = {name: jnp.swapaxes(x[name], 1, 2) for name in ("u", "delta", "z", "B", "C")}
     dt = jax.nn.softplus(time_first["delta"] + x["delta_bias"])
     y, state = selective_scan(
-        time_first["u"], dt, x["A"], time_first["B"], time_first["C"], implementation=implementation
+        time_first["u"], dt, x["A"], time_first["B"], time_first["C"], D=x["D"], implementation=implementation
     )
-    y = (y + x["D"] * time_first["u"]) * jax.nn.silu(time_first["z"])
-    return {"y": jnp.swapaxes(y, 1, 2), "last_state": state}
+    return {"y": jnp.swapaxes(y * jax.nn.silu(time_first["z"]), 1, 2), "last_state": state}
 
 
 def _ssd(x, implementation):

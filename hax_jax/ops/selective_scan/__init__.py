@@ -21,6 +21,7 @@ def selective_scan(
     B: Float[Array, "b t n"],
     C: Float[Array, "b t n"],
     *,
+    D: Float[Array, " e"] | None = None,
     initial_state: Float[Array, "b e n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     chunk_size: int = 64,
@@ -28,13 +29,14 @@ def selective_scan(
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """Runs one linear recurrence per channel and state, with a decay that depends on the input.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = sum_n C_t h_t   (without the skip D x).
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = sum_n C_t h_t + D x_t.
 
     Args:
       x: (b, t, e) inputs.
       dt: (b, t, e) time steps, already positive (after the softplus).
       A: (e, n), negative.
       B, C: (b, t, n).
+      D: (e,), weight of the skip; none where None.
       initial_state: (b, e, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions held in memory at once by 'xla'.
@@ -57,8 +59,10 @@ def selective_scan(
     dispatch.check_shape("selective_scan", "A", A.shape, (e, n), "e, n")
     dispatch.check_shape("selective_scan", "B", B.shape, (b, t, n), "b, t, n")
     dispatch.check_shape("selective_scan", "C", C.shape, (b, t, n), "b, t, n")
+    if D is not None:
+        dispatch.check_shape("selective_scan", "D", D.shape, (e,), "e")
     if initial_state is not None:
         dispatch.check_shape("selective_scan", "initial_state", initial_state.shape, (b, e, n), "b, e, n")
     if segment_ids is not None:
         dispatch.check_shape("selective_scan", "segment_ids", segment_ids.shape, (b, t), "b, t")
-    return function(x, dt, A, B, C, initial_state, segment_ids, chunk_size)
+    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)

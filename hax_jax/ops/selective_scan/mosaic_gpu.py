@@ -74,21 +74,20 @@ def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Arra
     return None
 
 
-def selective_scan(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
     del chunk_size
     if reason := why_not(x, dt, A, B, C) or dispatch.missing_for_mosaic_gpu():
         raise ValueError(
             f"`implementation` of selective_scan cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
         )
-    return scan_in_tiles(x, dt, A, B, C, initial_state, segment_ids, Tiles())
+    return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, Tiles())
 
 
-def scan_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
+def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
     """`selective_scan` with the work cut as `tiles` says."""
     length = x.shape[1]
-    if initial_state is not None:
-        initial_state = initial_state.astype(jnp.float32)
+    A, D, initial_state = (None if p is None else p.astype(jnp.float32) for p in (A, D, initial_state))
     reset = None
     if segment_ids is not None:
         reset = pad_time(segments.starts(segment_ids), tiles.steps).reshape(x.shape[0], -1, tiles.steps)
@@ -96,23 +95,23 @@ def scan_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
         reset = pad_time(reset, kernels.RESET_ROW, axis=2)
     if tiles.pad:
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
-    y, last = _scan(x, dt, A.astype(jnp.float32), B, C, initial_state, reset, tiles)
+    y, last = _scan(x, dt, A, B, C, D, initial_state, reset, tiles)
     return y[:, :length], last
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _scan(x, dt, A, B, C, start, reset, tiles):
-    y, last, _ = _forward(x, dt, A, B, C, start, reset, tiles, save=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _scan(x, dt, A, B, C, D, start, reset, tiles):
+    y, last, _ = _forward(x, dt, A, B, C, D, start, reset, tiles, save=False)
     return y, last
 
 
-def _scan_forward(x, dt, A, B, C, start, reset, tiles):
-    y, last, entry = _forward(x, dt, A, B, C, start, reset, tiles, save=True)
-    return (y, last), (x, dt, A, B, C, start, reset, entry)
+def _scan_forward(x, dt, A, B, C, D, start, reset, tiles):
+    y, last, entry = _forward(x, dt, A, B, C, D, start, reset, tiles, save=True)
+    return (y, last), (x, dt, A, B, C, D, start, reset, entry)
 
 
 def _scan_backward(tiles, saved, gradients):
-    x, dt, A, B, C, start, reset, entry = saved
+    x, dt, A, B, C, D, start, reset, entry = saved
     dy, dlast = gradients
     plan = tiles.plan(x, A.shape[1], backward=True)
     inputs = {"dt": dt, "dy": dy, "C": C, "reset": reset}
@@ -124,7 +123,7 @@ def _scan_backward(tiles, saved, gradients):
         functools.partial(kernels.backward_body, keep_decays=tiles.keep_decays),
         plan,
         inputs,
-        {"A": A, "dlast": dlast, **chunks},
+        {"A": A, "D": D, "dlast": dlast, **chunks},
         {
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "ddt": jax.ShapeDtypeStruct(dt.shape, dt.dtype),
@@ -132,6 +131,7 @@ def _scan_backward(tiles, saved, gradients):
             "dC": shares,
             "dA": _float32(plan.batch, plan.chunks, *A.shape),
             "dstart": _float32(*states),
+            **({} if D is None else {"dD": _float32(plan.batch, plan.chunks, plan.channels)}),
         },
         {
             "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
@@ -144,15 +144,17 @@ def _scan_backward(tiles, saved, gradients):
         results[name].sum(axis=1)[:, : plan.length].astype(array.dtype)
         for name, array in (("dB", B), ("dC", C))
     )
+    dA = results["dA"].sum(axis=(0, 1))
+    dD = None if D is None else results["dD"].sum(axis=(0, 1))
     dstart = None if start is None else results["dstart"]
     dreset = None if reset is None else jnp.zeros_like(reset)
-    return results["dx"], results["ddt"], results["dA"].sum(axis=(0, 1)), dB, dC, dstart, dreset
+    return results["dx"], results["ddt"], dA, dB, dC, dD, dstart, dreset
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _forward(x, dt, A, B, C, start, reset, tiles, save):
+def _forward(x, dt, A, B, C, D, start, reset, tiles, save):
     plan = tiles.plan(x, A.shape[1], backward=False)
     inputs = {"dt": dt, "x": x, "B": B, "reset": reset}
     chunks = _chunks(inputs, A, plan, reverse=False)
@@ -166,7 +168,7 @@ def _forward(x, dt, A, B, C, start, reset, tiles, save):
         kernels.forward_body,
         plan,
         inputs | {"C": C},
-        {"A": A, "start": start, **chunks},
+        {"A": A, "D": D, "start": start, **chunks},
         outputs,
         {"y_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), jnp.float32)},
     )

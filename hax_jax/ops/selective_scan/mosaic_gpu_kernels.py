@@ -132,6 +132,17 @@ class _Program:
             for j in range(self.plan.groups)
         )
 
+    def load_channels(self, ref) -> tuple[jax.Array, ...]:
+        """A (channels,) array of this program's channels, one (32,) array a group."""
+        return tuple(
+            plgpu.load(ref.at[self.group(j)], layout=self.row, optimized=False)
+            for j in range(self.plan.groups)
+        )
+
+    def no_channels(self) -> tuple[jax.Array, ...]:
+        zero = plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), self.row)
+        return (zero,) * self.plan.groups
+
     def zeros(self) -> tuple[jax.Array, ...]:
         zero = plgpu.layout_cast(jnp.zeros((GROUP, self.plan.states), jnp.float32), self.layout)
         return (zero,) * self.plan.groups
@@ -204,9 +215,7 @@ def chunk_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], 
         plgpu.commit_smem()
         return tuple(states), tuple(exponents)
 
-    no_time = plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), program.row)
-    states, exponents = program.over_tiles(tile, (program.zeros(), (no_time,) * plan.groups))
-    # Sums of dt are at most some 1e6, a reset is -1e30: whatever A is, the product is far below any exponent.
+    states, exponents = program.over_tiles(tile, (program.zeros(), program.no_channels()))
     decays = [jnp.exp2(_passed(program, total, rate)) for total, rate in zip(exponents, rates, strict=True)]
     program.store_states(refs.chunk_state.at[program.batch, program.chunk], states)
     program.store_states(refs.chunk_decay.at[program.batch, program.chunk], decays)
@@ -222,6 +231,7 @@ def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]
     """y of a chunk, the state that enters each of its tiles, and in the last chunk the last state."""
     program = _Program(plan, refs, timed, reverse=False)
     rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
+    skip = program.load_channels(refs.D) if hasattr(refs, "D") else None
     start = program.load_states(refs.start.at[program.batch]) if hasattr(refs, "start") else program.zeros()
     if plan.chunks > 1:
         start = program.joined(start, program.chunk)
@@ -236,9 +246,11 @@ def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]
             B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
             for j in range(plan.groups):
                 dt = program.channels_at("dt", slot, t, j)
-                drive = program.along_states(dt * program.channels_at("x", slot, t, j)) * B
+                x = program.channels_at("x", slot, t, j)
+                drive = program.along_states(dt * x) * B
                 states[j] = program.decay(dt, rates[j], slot, t) * states[j] + drive
-                refs.y_tile[slot, t, pl.ds(j * GROUP, GROUP)] = (states[j] * C).sum(axis=1)
+                y = (states[j] * C).sum(axis=1)
+                refs.y_tile[slot, t, pl.ds(j * GROUP, GROUP)] = y if skip is None else y + skip[j] * x
         plgpu.commit_smem()
         time = pl.ds(index * plan.steps, plan.steps)
         plgpu.copy_smem_to_gmem(refs.y_tile.at[slot], refs.y.at[program.batch, time, program.lanes])
@@ -261,13 +273,14 @@ def backward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...
     program = _Program(plan, refs, timed, reverse=True)
     rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
     q = program.load_states(refs.dlast.at[program.batch]) if hasattr(refs, "dlast") else program.zeros()
+    skip = program.load_channels(refs.D) if hasattr(refs, "D") else None
     if plan.chunks > 1:
         q = program.joined(q, plan.chunks - 1 - program.chunk)
 
     def tile(index, slot, carry):
         states, decays = _states_of_tile(program, rates, slot, keep_decays)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        carry = _backward_steps(program, rates, states, decays, slot, carry)
+        carry = _backward_steps(program, (rates, skip), states, decays, slot, carry)
         plgpu.commit_smem()
         time = pl.ds(index * plan.steps, plan.steps)
         for name in ("dx", "ddt"):
@@ -279,8 +292,11 @@ def backward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...
         _sum_over_channels(program, index)
         return carry
 
-    q, dA = program.over_tiles(tile, (q, program.zeros()))
+    q, dA, dD = program.over_tiles(tile, (q, program.zeros(), program.no_channels()))
     program.store_states(refs.dA.at[program.batch, program.chunk], dA)
+    if skip is not None:
+        for j, value in enumerate(dD):
+            refs.dD[program.batch, program.chunk, program.group(j)] = value
 
     @pl.when(program.chunk == 0)
     def _():
@@ -311,10 +327,11 @@ def _states_of_tile(program: _Program, rates, slot, keep_decays: bool):
     return states, decays
 
 
-def _backward_steps(program: _Program, rates, states, decays, slot, carry):
+def _backward_steps(program: _Program, parameters, states, decays, slot, carry):
     """Walks a tile from its end; leaves dx, ddt and the lanes' parts of dB and dC in shared memory."""
     plan, refs = program.plan, program.refs
-    q, dA = (list(part) for part in carry)
+    rates, skip = parameters
+    q, dA, dD = (list(part) for part in carry)
     for t in reversed(range(plan.steps)):
         B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
         dB, dC = None, None
@@ -332,11 +349,15 @@ def _backward_steps(program: _Program, rates, states, decays, slot, carry):
             ddrive = (B * dstate).sum(axis=1)
             ddecay = (rates[j] * dexponent).sum(axis=1) * (1 / LOG2_E)
             lanes = pl.ds(j * GROUP, GROUP)
-            refs.dx_tile[slot, t, lanes] = (dt * ddrive).astype(refs.dx_tile.dtype)
+            dx = dt * ddrive
+            if skip is not None:
+                dx = dx + skip[j] * dy
+                dD[j] = dD[j] + x * dy
+            refs.dx_tile[slot, t, lanes] = dx.astype(refs.dx_tile.dtype)
             refs.ddt_tile[slot, t, lanes] = (x * ddrive + ddecay).astype(refs.ddt_tile.dtype)
         refs.parts[0, :, t, :] = dB
         refs.parts[1, :, t, :] = dC
-    return tuple(q), tuple(dA)
+    return tuple(q), tuple(dA), tuple(dD)
 
 
 def _sum_over_channels(program: _Program, tile) -> None:

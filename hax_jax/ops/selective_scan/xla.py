@@ -19,7 +19,7 @@ def _combine(left, right):
     return left_decay * right_decay, right_decay * left_drive + right_drive
 
 
-def selective_scan(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     batch, length, _ = x.shape
     dtype = wide(x.dtype, A.dtype)
     A = A.astype(dtype)
@@ -44,4 +44,5 @@ def selective_scan(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
     # A padded position has dt = 0 and keeps the state: the last state is that of the last real position.
     inputs = (*(chunks(array) for array in (x, dt, B, C)), chunks(keep, value=1))
     state, y = lax.scan(chunk, initial_state.astype(dtype), inputs)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, x.shape[2])[:, :length], state
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, x.shape[2])[:, :length]
+    return y if D is None else y + D.astype(dtype) * x, state
