@@ -15,6 +15,7 @@ from benchmarks.attention_programs import (
     AUTO,
     CUDNN,
     DENSE,
+    DENSE_TILES,
     DIRECTIONS,
     Program,
     implementations,
@@ -100,11 +101,12 @@ def cases(tiny: bool = False) -> list[Case]:
     middle, longest = (longs[0], longs[-1]) if tiny else (longs[3], longs[-1])
     found += [Case(RANDOM, longest, layer, _BOTH) for layer in LAYERS]
     found += [Case(kind, shape, best, _BOTH) for shape in (middle, longest) for kind in HURTING]
-    found += [Case(RANDOM, joint, form, _BOTH) for form in (*forms[::-1], AUTO, DENSE)]
+    at_joint = (*forms[::-1], AUTO, DENSE_TILES, DENSE)
+    found += [Case(RANDOM, joint, form, _BOTH) for form in at_joint]
     found += [Case(RANDOM, shape, form, _BOTH) for form in others for shape in longs]
     small = [shape for shape in longs if shape.length <= _LONGEST_DENSE]
-    found += [Case(RANDOM, shape, who, _BOTH) for shape in small for who in (best, CUDNN, DENSE)]
-    found += [Case(RANDOM, joint, form, _FORWARD) for form in (*forms[::-1], AUTO, DENSE)]
+    found += [Case(RANDOM, shape, who, _BOTH) for shape in small for who in (best, CUDNN, DENSE_TILES, DENSE)]
+    found += [Case(RANDOM, joint, form, _FORWARD) for form in at_joint]
     if not tiny:
         found += [Case(RANDOM, specs.JOINT_RECALL_CUDNN, CUDNN, d) for d in DIRECTIONS[::-1]]
     found += [Case(RANDOM, shape, who, _FORWARD) for shape in longs for who in (best, CUDNN, *others)]
@@ -117,7 +119,7 @@ def cases(tiny: bool = False) -> list[Case]:
 
 def _goals(tiny: bool) -> list[Case]:
     """Forward and backward on random inputs, where the project's goals lie."""
-    longs = specs.TINY_LONG if tiny else specs.LONG[:1:-1]
+    longs = specs.TINY_LONG if tiny else specs.LONG[2:]
     best = implementations()[-1]
     return [Case(RANDOM, shape, who, _BOTH) for shape in longs for who in (best, CUDNN)]
 

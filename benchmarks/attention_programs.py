@@ -15,12 +15,15 @@ from hax_jax import ops
 from hax_jax.config import ModelConfig
 from hax_jax.layers import HaxBranch, Mamba2, RoutingDraws
 from hax_jax.layers.sequence import Sequence
+from hax_jax.ops import dispatch
 from hax_jax.ops.key_selection import IMPLEMENTATIONS as SELECTION_FORMS
 from hax_jax.ops.lsh import IMPLEMENTATIONS as HASHING_FORMS
 from hax_jax.ops.sparse_attention import IMPLEMENTATIONS as ATTENTION_FORMS
+from hax_jax.ops.sparse_attention import dense
 
 CUDNN = "cudnn"
-DENSE = "reference"
+# Every key there is under a mask: all at once, and a tile of queries at a time.
+DENSE, DENSE_TILES = "reference", "dense_tiles"
 # The ops' own choice for the shape and the device.
 AUTO = "auto"
 DIRECTIONS = ("forward", "forward_backward")
@@ -42,8 +45,9 @@ class Program:
 
 
 def implementations() -> tuple[str, ...]:
-    """The named forms of sparse attention whose memory is linear."""
-    return tuple(name for name in ATTENTION_FORMS if name != DENSE)
+    """The named forms of sparse attention whose cost is linear and that run here, the fastest last."""
+    cannot = {DENSE} if dispatch.missing_for_mosaic_gpu() is None else {DENSE, "mosaic_gpu"}
+    return tuple(name for name in ATTENTION_FORMS if name not in cannot)
 
 
 def visible_keys(
@@ -58,7 +62,7 @@ def visible_keys(
     count, order = ops.bucket_orders(*codes, implementation=chosen(HASHING_FORMS))
     expiry = ops.key_lifetimes(scores, size, implementation=chosen(SELECTION_FORMS))
     buckets = ops.HashBuckets(size, codes[0], count, codes[1], order)
-    return ops.KeySet((buckets, _lifetimes(size, expiry)))
+    return ops.KeySet((buckets, ops.Lifetimes(size, expiry)))
 
 
 def sparse_module(
@@ -74,6 +78,9 @@ def sparse_module(
     """The whole module: which keys, and attending to them; (b, t, n), (b, t, n), (b, t, e) -> (b, t, e)."""
     key_set = visible_keys(*jax.lax.stop_gradient((q, k, scores)), projection, size, implementation)
     head = lambda x: x[:, :, None]  # noqa: E731
+    if implementation == DENSE_TILES:
+        scale = q.shape[-1] ** -0.5
+        return dense.sparse_attention(head(q), head(k), head(v), key_set, None, scale, False)[:, :, 0]
     form = None if implementation == AUTO else implementation
     return ops.sparse_attention(head(q), head(k), head(v), key_set, implementation=form)[:, :, 0]
 
@@ -172,8 +179,3 @@ def _as_wide(x: jax.Array, width: int) -> jax.Array:
 
 def _form(available: dict[str, Callable], implementation: str) -> str | None:
     return implementation if implementation in available else None
-
-
-def _lifetimes(size: int, expiry: jax.Array) -> ops.Lifetimes:
-    takes_size = any(field.name == "size" for field in dataclasses.fields(ops.Lifetimes))
-    return ops.Lifetimes(**({"size": size} if takes_size else {}), expiry=expiry)
