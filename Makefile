@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.12 or later and make; they build .venv themselves.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test test-pytorch lint clean
 
 VENV ?= .venv
 # Processes that share the tests; what they cost is compiling, which uses one core each.
@@ -23,6 +23,7 @@ ready := $(VENV)/.ready-$(ACCELERATOR)$(JAX_VERSION)
 help:
 	@echo "make demo   train a small joint recall on this machine, plot it, print its test accuracy"
 	@echo "make test   run the tests"
+	@echo "make test-pytorch  run the tests of the PyTorch baseline in .venv-torch"
 	@echo "make lint   check style and types"
 	@echo "make env    build $(VENV) (with the wheels for: $(ACCELERATOR)); the others do it when needed"
 	@echo "make clean  delete $(VENV), the demo's run and the caches"
@@ -47,9 +48,18 @@ demo: env
 test: env
 	$(python) -m pytest --numprocesses=$(WORKERS) $(TESTS)
 
+# PyTorch has an environment of its own: nothing else needs it.
+.venv-torch/.ready: experiments/pytorch_baseline/requirements.txt
+	$(or $(PYTHON),python3) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+test-pytorch: .venv-torch/.ready
+	.venv-torch/bin/python -m pytest experiments/pytorch_baseline $(TESTS)
+
 lint: env
 	$(python) -m ruff check .
 	$(python) -m mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-torch $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -22,6 +22,7 @@ Exit status: 0 done; 2 bad input, said in one line; 3 waiting for DIR/torch.npz.
 import dataclasses
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if theirs is None:
             return WAITING
         result = _compare(start, theirs, experiment, options)
+        result["command"] = _told(argv)
         out = options.out or results.CHECKOUT / report.FOLDER / f"{start.name}.json"
         _write(result, out)
     except ConfigError as error:
@@ -166,6 +168,20 @@ def _compare(start, theirs, experiment, options) -> dict[str, Any]:
                 print(row, flush=True)
                 result["timing"].append(row)
     return result
+
+
+def _told(argv: Sequence[str]) -> str:
+    """The command without what names places on this machine."""
+    places = ("--out", "--commit", "--exchange", "--torch_python")
+    words, skip = [], False
+    for word in argv[1:]:
+        name, given, value = word.partition("=")
+        if skip or name in places:
+            skip = not skip and not given
+        else:
+            golden = name == "--golden" and given
+            words.append(f"--golden={pathlib.Path(value).name}" if golden else word)
+    return shlex.join(["python", "experiments/compare_pytorch.py", *words])
 
 
 def _on_gpu() -> bool:
