@@ -46,7 +46,7 @@ def run(function, inputs, segment_ids, *rest):
 # Together: several tiles, chunks, blocks of channels and groups, the last tile of a chunk and of the row not
 # full, both ways to get the decays of the backward pass, with and without what is optional.
 INTERPRETED = {
-    "plain": (Tiles(steps=8, groups=2, backward_groups=1, programs=1, backward_programs=1), 32, 9, False),
+    "plain": (Tiles(steps=8, lanes=1, backward_lanes=2, programs=1, backward_programs=1), 128, 9, False),
     "chunks": (
         Tiles(steps=8, groups=1, backward_groups=2, programs=4, backward_programs=2, keep_decays=False),
         64,

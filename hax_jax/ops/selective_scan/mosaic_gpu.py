@@ -21,6 +21,8 @@ from hax_jax.ops.numerics import pad_time
 from hax_jax.ops.selective_scan import mosaic_gpu_kernels as kernels
 from hax_jax.ops.selective_scan.mosaic_gpu_kernels import Plan
 
+# A warpgroup's lanes, four to a channel.
+MIN_CHANNELS = 32
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
@@ -30,7 +32,9 @@ class Tiles:
 
     Args:
       steps: positions of a tile, 8 or 16; the state that enters each tile is saved for the backward pass.
-      groups: groups of 32 channels a program of the forward pass works on.
+      lanes: lanes that share the states of one channel, 1, 2 or 4; a group is 128 / lanes channels.
+      groups: groups of channels a program of the forward pass works on.
+      backward_lanes: as `lanes`, for the backward pass.
       backward_groups: the same for the backward pass.
       programs: programs that fill the GPU; time is cut into as many chunks as that takes.
       backward_programs: the same for the backward pass.
@@ -39,7 +43,9 @@ class Tiles:
     """
 
     steps: int = 16
+    lanes: int = 4
     groups: int = 1
+    backward_lanes: int = 4
     backward_groups: int = 1
     programs: int = 200
     backward_programs: int = 200
@@ -48,22 +54,24 @@ class Tiles:
 
     def plan(self, x: jax.Array, states: int, backward: bool) -> Plan:
         batch, length, channels = x.shape
-        groups = self.backward_groups if backward else self.groups
-        while channels % (kernels.GROUP * groups):
-            groups //= 2
-        blocks = batch * channels // (kernels.GROUP * groups)
+        lanes, groups, programs = self.lanes, self.groups, self.programs
+        if backward:
+            lanes, groups, programs = self.backward_lanes, self.backward_groups, self.backward_programs
+        while channels % (kernels.WARPGROUP // lanes * groups):
+            lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
+        blocks = batch * channels // (kernels.WARPGROUP // lanes * groups)
         tiles = pl.cdiv(length, self.steps)
-        chunks = min(pl.cdiv(self.backward_programs if backward else self.programs, blocks), tiles)
+        chunks = min(pl.cdiv(programs, blocks), tiles)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
         chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
-        return Plan(batch, length, channels, states, self.steps, groups, chunks)
+        return Plan(batch, length, channels, states, self.steps, lanes, groups, chunks)
 
 
 def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
     """What keeps these inputs from the kernels, or None: shapes and dtypes only, not the device."""
     channels, states = A.shape
-    if channels % kernels.GROUP:
-        return f"`x` must have a number of channels that is a multiple of {kernels.GROUP}, got {channels}"
+    if channels % MIN_CHANNELS:
+        return f"`x` must have a number of channels that is a multiple of {MIN_CHANNELS}, got {channels}"
     if states not in (8, 16, 32):
         return f"`A` must have 8, 16 or 32 states, got {states}"
     if not x.size:
@@ -118,7 +126,7 @@ def _scan_backward(tiles, saved, gradients):
     chunks = _chunks(inputs, A, plan, reverse=True)
     inputs |= {"x": x, "B": B, "entry": entry}
     states = (plan.batch, plan.channels, plan.states)
-    shares = _float32(plan.batch, plan.blocks, plan.tiles * plan.steps, plan.states)
+    shares = _float32(plan.batch, plan.blocks, plan.tiles, plan.tile_states)
     results = _call(
         functools.partial(kernels.backward_body, keep_decays=tiles.keep_decays),
         plan,
@@ -136,13 +144,12 @@ def _scan_backward(tiles, saved, gradients):
         {
             "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
             "ddt_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), dt.dtype),
-            # One more row than positions: eight lanes then write to different banks.
-            "parts": plgpu.SMEM((2, kernels.GROUP, plan.steps + 1, plan.states), jnp.float32),
+            "parts": plgpu.SMEM((2, plan.group, plan.parts_row), jnp.float32),
         },
     )
     dB, dC = (
-        results[name].sum(axis=1)[:, : plan.length].astype(array.dtype)
-        for name, array in (("dB", B), ("dC", C))
+        share.sum(axis=1).reshape(plan.batch, -1, plan.states)[:, : plan.length].astype(array.dtype)
+        for share, array in ((results["dB"], B), (results["dC"], C))
     )
     dA = results["dA"].sum(axis=(0, 1))
     dD = None if D is None else results["dD"].sum(axis=(0, 1))

@@ -1,10 +1,10 @@
 """The kernels of `mosaic_gpu`: what one program does with its channels and its part of the time.
 
-A program is one warpgroup. It works on `groups` groups of 32 channels; in each group a lane owns one channel
-and a quarter of its states, so a (32, n) array is n / 4 registers a lane, the sum over states crosses four
-lanes and the sum over channels is left to shared memory. Time goes by in tiles of `steps` positions, which
-the copy engine brings in while the tile before is worked on; beyond the end it brings zeros, and a position
-with dt = 0 changes nothing.
+A program is one warpgroup. It works on `groups` groups of channels. In a group a channel belongs to `lanes`
+lanes (1, 2 or 4), which share its states, so the sum over states crosses few lanes or none, and the sum over
+channels is left to shared memory. Time goes by in tiles of `steps` positions, which the copy engine brings
+in while the tile before is worked on; beyond the end it brings zeros, and a position with dt = 0 changes
+nothing.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-GROUP = 32
+WARPGROUP = 128
 LOG2_E = math.log2(math.e)
 # The exponent at the first position of a segment: exp2 of it is 0, and it is far from the infinities.
 RESET = -1e30
@@ -37,13 +37,19 @@ class Plan:
     channels: int
     states: int
     steps: int
+    lanes: int
     groups: int
     chunks: int
 
     @property
+    def group(self) -> int:
+        """Channels of a group."""
+        return WARPGROUP // self.lanes
+
+    @property
     def width(self) -> int:
         """Channels of a program."""
-        return GROUP * self.groups
+        return self.group * self.groups
 
     @property
     def blocks(self) -> int:
@@ -57,12 +63,29 @@ class Plan:
     def tiles_per_chunk(self) -> int:
         return -(-self.tiles // self.chunks)
 
+    @property
+    def tile_states(self) -> int:
+        """Values of B or C in a tile."""
+        return self.steps * self.states
+
+    @property
+    def parts_row(self) -> int:
+        """Row of the lanes' parts of dB or dC, padded so that neighbouring rows begin in different banks."""
+        return self.tile_states + (16 if self.lanes == 4 else 4)
+
     def state_layout(self) -> Any:
-        """Layout of a (32, n) array: warps and eight lanes along channels, four lanes along states."""
-        n = self.states
-        return plgpu.Layout.TILED(
-            plgpu.Tiling(((GROUP, n), (8, n), (n // 4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-        )
+        """Layout of a (group, n) array: warps and most lanes along channels, `lanes` lanes along states."""
+        n, per_warp, mine = self.states, self.group // 4, self.states // self.lanes
+        # A lane's states move four at a time, the widest access there is.
+        tiles = [(self.group, n), (per_warp, n), (mine,), (min(mine, 4),)]
+        warps, lanes = (-6,), (-4, -3)
+        if mine <= 4:
+            tiles, warps, lanes = tiles[:3], (-5,), (-3, -2)
+        elif self.lanes == 1:
+            del tiles[2]
+            warps, lanes = (-5,), (-3,)
+        tiling = plgpu.Tiling(tuple(tiles))
+        return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
 
 class _Program:
@@ -123,28 +146,32 @@ class _Program:
 
     def group(self, j: int):
         """The j-th group's place among all channels."""
-        return pl.ds(self.block * self.plan.width + j * GROUP, GROUP)
+        return pl.ds(self.block * self.plan.width + j * self.plan.group, self.plan.group)
+
+    def in_tile(self, j: int):
+        """The j-th group's place among this program's channels."""
+        return pl.ds(j * self.plan.group, self.plan.group)
 
     def load_states(self, ref) -> tuple[jax.Array, ...]:
-        """A (channels, n) array of this program's channels, one (32, n) array a group."""
+        """A (channels, n) array of this program's channels, one (group, n) array a group."""
         return tuple(
             plgpu.load(ref.at[self.group(j)], layout=self.layout, optimized=False)
             for j in range(self.plan.groups)
         )
 
     def load_channels(self, ref) -> tuple[jax.Array, ...]:
-        """A (channels,) array of this program's channels, one (32,) array a group."""
+        """A (channels,) array of this program's channels, one (group,) array a group."""
         return tuple(
             plgpu.load(ref.at[self.group(j)], layout=self.row, optimized=False)
             for j in range(self.plan.groups)
         )
 
     def no_channels(self) -> tuple[jax.Array, ...]:
-        zero = plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), self.row)
+        zero = plgpu.layout_cast(jnp.zeros((self.plan.group,), jnp.float32), self.row)
         return (zero,) * self.plan.groups
 
     def zeros(self) -> tuple[jax.Array, ...]:
-        zero = plgpu.layout_cast(jnp.zeros((GROUP, self.plan.states), jnp.float32), self.layout)
+        zero = plgpu.layout_cast(jnp.zeros((self.plan.group, self.plan.states), jnp.float32), self.layout)
         return (zero,) * self.plan.groups
 
     def store_states(self, ref, values) -> None:
@@ -152,21 +179,21 @@ class _Program:
             ref[self.group(j), :] = value
 
     def channels_at(self, name: str, slot, t: int, j: int) -> jax.Array:
-        """Values of the j-th group's channels at position t of the tile, (32,) float32."""
-        ref = getattr(self.refs, f"{name}_tile").at[slot, t, pl.ds(j * GROUP, GROUP)]
+        """Values of the j-th group's channels at position t of the tile, (group,) float32."""
+        ref = getattr(self.refs, f"{name}_tile").at[slot, t, self.in_tile(j)]
         return plgpu.load(ref, layout=self.row, optimized=False).astype(jnp.float32)
 
     def states_at(self, name: str, slot, t: int) -> jax.Array:
-        """B or C at position t, as a (32, n) array that is the same for every channel."""
+        """B or C at position t, as a (group, n) array that is the same for every channel."""
         ref = getattr(self.refs, f"{name}_tile").at[slot, t]
         return self.along_channels(plgpu.load(ref, layout=self.column, optimized=False).astype(jnp.float32))
 
     def along_states(self, x: jax.Array) -> jax.Array:
-        shape = (GROUP, self.plan.states)
+        shape = (self.plan.group, self.plan.states)
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [0]), self.layout)
 
     def along_channels(self, x: jax.Array) -> jax.Array:
-        shape = (GROUP, self.plan.states)
+        shape = (self.plan.group, self.plan.states)
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [1]), self.layout)
 
     def decay(self, dt: jax.Array, rate: jax.Array, slot, t: int) -> jax.Array:
@@ -250,7 +277,7 @@ def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]
                 drive = program.along_states(dt * x) * B
                 states[j] = program.decay(dt, rates[j], slot, t) * states[j] + drive
                 y = (states[j] * C).sum(axis=1)
-                refs.y_tile[slot, t, pl.ds(j * GROUP, GROUP)] = y if skip is None else y + skip[j] * x
+                refs.y_tile[slot, t, program.in_tile(j)] = y if skip is None else y + skip[j] * x
         plgpu.commit_smem()
         time = pl.ds(index * plan.steps, plan.steps)
         plgpu.copy_smem_to_gmem(refs.y_tile.at[slot], refs.y.at[program.batch, time, program.lanes])
@@ -309,7 +336,7 @@ def _states_of_tile(program: _Program, rates, slot, keep_decays: bool):
     """States before every position of the tile and after the last, and the decays if they are kept."""
     plan, refs = program.plan, program.refs
     entry = [
-        plgpu.load(refs.entry_tile.at[slot, pl.ds(j * GROUP, GROUP)], layout=program.layout, optimized=False)
+        plgpu.load(refs.entry_tile.at[slot, program.in_tile(j)], layout=program.layout, optimized=False)
         for j in range(plan.groups)
     ]
     states, decays = [entry], []
@@ -348,27 +375,27 @@ def _backward_steps(program: _Program, parameters, states, decays, slot, carry):
             dA[j] = dA[j] + wide_dt * dexponent
             ddrive = (B * dstate).sum(axis=1)
             ddecay = (rates[j] * dexponent).sum(axis=1) * (1 / LOG2_E)
-            lanes = pl.ds(j * GROUP, GROUP)
+            lanes = program.in_tile(j)
             dx = dt * ddrive
             if skip is not None:
                 dx = dx + skip[j] * dy
                 dD[j] = dD[j] + x * dy
             refs.dx_tile[slot, t, lanes] = dx.astype(refs.dx_tile.dtype)
             refs.ddt_tile[slot, t, lanes] = (x * ddrive + ddecay).astype(refs.ddt_tile.dtype)
-        refs.parts[0, :, t, :] = dB
-        refs.parts[1, :, t, :] = dC
+        place = pl.ds(t * plan.states, plan.states)
+        refs.parts[0, :, place] = dB
+        refs.parts[1, :, place] = dC
     return tuple(q), tuple(dA), tuple(dD)
 
 
 def _sum_over_channels(program: _Program, tile) -> None:
-    """Adds the 32 lanes' parts of dB and dC in a fixed order and writes this program's share of them."""
+    """Adds the lanes' parts of dB and dC in a fixed order and writes this program's share of them."""
     plan, refs = program.plan, program.refs
-    shape = (plan.steps, plan.states)
-    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=max(1, math.prod(shape) // 128))
-    time = pl.ds(tile * plan.steps, plan.steps)
+    size = plan.tile_states
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=max(1, size // WARPGROUP))
     for which, target in enumerate((refs.dB, refs.dC)):
-        total = plgpu.load(refs.parts.at[which, 0, pl.ds(0, plan.steps)], layout=layout, optimized=False)
-        for lane in range(1, GROUP):
-            part = refs.parts.at[which, lane, pl.ds(0, plan.steps)]
-            total = total + plgpu.load(part, layout=layout, optimized=False)
-        target[program.batch, program.block, time, :] = total
+        total = None
+        for row in range(plan.group):
+            part = plgpu.load(refs.parts.at[which, row, pl.ds(0, size)], layout=layout, optimized=False)
+            total = part if total is None else total + part
+        target[program.batch, program.block, tile, :] = total
