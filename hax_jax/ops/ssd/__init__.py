@@ -4,9 +4,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
-from hax_jax.ops.ssd import reference, xla
+from hax_jax.ops.ssd import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd}
+IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd, "mosaic_gpu": mosaic_gpu.ssd}
 
 
 @jax.named_scope("ssd")
@@ -35,15 +35,16 @@ def ssd(
       initial_state: (b, h, p, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions multiplied as one tile by 'xla'.
-      implementation: None, 'reference' (a step at a time) or 'xla' (chunked matrix products, with
-        `lax.associative_scan` between chunks). Matmul inputs keep the dtype of x; decays, sums and states are
-        at least float32.
+      implementation: None, 'reference' (a step at a time), 'xla' (chunked matrix products, with
+        `lax.associative_scan` between chunks) or 'mosaic_gpu' (kernels for Hopper GPUs). Matmul inputs keep
+        the dtype of x; decays, sums and states are at least float32.
 
     Returns:
       y (b, t, h, p) and the state after the last position (b, h, p, n), both at least float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation this op does not have.
+      ValueError: shapes that do not fit, an implementation this op does not have or that cannot run the
+        call.
 
     Source: Mamba-2 (arXiv 2405.21060), section 6. Memory grows as b t h (p + chunk_size + p n / chunk_size).
     """

@@ -1,0 +1,135 @@
+"""SSD as Mosaic GPU kernels, for NVIDIA GPUs of the Hopper generation.
+
+Each direction is three kernels: the state every chunk leaves (or, backwards, the gradient it asks of the
+state that enters it), the sum of those along the chunks, and the outputs (or gradients) of every chunk, all
+chunks at once. Nothing is added up in an order that the hardware chooses.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hax_jax.ops import dispatch, segments
+from hax_jax.ops.numerics import pad_time
+from hax_jax.ops.ssd.mosaic_gpu import backward, forward, states
+from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, split
+
+
+def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+    """`ops.ssd`; the kernels' chunks have 64 positions whatever `chunk_size` says."""
+    tiles = choose_tiles(x, A, B, C)
+    reason = tiles if isinstance(tiles, str) else dispatch.missing_for_mosaic_gpu()
+    if reason:
+        raise ValueError(f"`implementation` of ssd cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
+    return ssd_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles)
+
+
+def ssd_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
+    """`ssd` on whatever device there is: a Hopper GPU, or the interpreter."""
+    batch, length, heads, p = x.shape
+    n = B.shape[3]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, p, n), jnp.float32)
+
+    def columns(array):
+        # Padded positions have dt = 0: they leave the state as it is.
+        return pad_time(array.reshape(batch, length, -1), CHUNK)
+
+    ids = segments.as_array(segment_ids, (batch, length))
+    y, final = _ssd(
+        columns(x), columns(dt.astype(jnp.float32)), A.astype(jnp.float32), columns(B), columns(C),
+        initial_state.astype(jnp.float32), _runs(ids), tiles,
+    )  # fmt: skip
+    return y[:, :length].reshape(x.shape), final
+
+
+def _runs(ids):
+    """(b, c, 64) float32: how many boundaries a chunk has had by each position; 0 goes on from before it."""
+    boundary = pad_time(segments.starts(ids), CHUNK, value=False)
+    return jnp.cumsum(boundary.reshape(ids.shape[0], -1, CHUNK), axis=-1).astype(jnp.float32)
+
+
+def _planes(array, tiles: Tiles):
+    return jnp.stack(split(array, tiles.planes))
+
+
+def _by_chunk(array):
+    """(b, t, h) as (b, c, h, 64)."""
+    batch, _, heads = array.shape
+    return jnp.swapaxes(array.reshape(batch, -1, CHUNK, heads), 2, 3)
+
+
+def _vectors(dt, A, run):
+    """What the kernels need of the decays, each (b, c, h, 64) float32, and a chunk's decay (b, c, h).
+
+    cum is the log2 of the decay from before the chunk to a position. What enters reaches a position by the
+    factor `enter`; what a position adds reaches the end of the chunk by the factor `leave`.
+    """
+    dt = _by_chunk(dt)
+    cum = jnp.cumsum(dt * (A * LOG2E)[:, None], axis=-1)
+    run, last = run[:, :, None], cum[..., -1:]
+    enter = jnp.where(run == 0, jnp.exp2(cum), 0.0)
+    leave = jnp.where(run == run[..., -1:], jnp.exp2(last - cum), 0.0)
+    return dt, cum, enter, leave, enter[..., -1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _ssd(x, dt, A, B, C, initial_state, run, tiles):
+    return _forward(x, dt, A, B, C, initial_state, run, tiles)[0]
+
+
+def _forward(x, dt, A, B, C, initial_state, run, tiles):
+    by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
+    x, B, C = (_planes(array, tiles) for array in (x, B, C))
+    left = states.chunk_states(x, leave * by_chunk, B, tiles)
+    before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
+    cum_dt = cum - jnp.log2(by_chunk)
+    y = forward.outputs(x, B, C, before, cum, cum_dt, enter, run, tiles)
+    return (y, final), (x, dt, A, B, C, run, before, y, final)
+
+
+def _backward(tiles, residuals, cotangents):
+    x, dt, A, B, C, run, before, y, final = residuals
+    dy, dfinal = cotangents
+    by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
+    dtype = jnp.bfloat16 if tiles.planes == 1 else jnp.float32
+    # Rounded once, for all that follows: y dy and x dx have to cancel where nothing is carried.
+    dy = dy.astype(dtype)
+    dy_planes = _planes(dy, tiles)
+    asked = states.chunk_states(dy_planes, enter, C, tiles)
+    after, dinitial = states.carry_states(asked, decay, dfinal, tiles, reverse=True)
+    dx, dB, dC, direct = backward.gradients(
+        x, dy_planes, B, C, before, after, cum, by_chunk, enter, leave, run, tiles
+    )
+
+    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and all of the
+    # state a chunk leaves grows with the exponential of its last cum.
+    by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
+    grown = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - by_chunk * direct
+    grown = grown.at[..., -1].add(_kept(before, after, final, dfinal))
+    dlog = jnp.flip(jnp.cumsum(jnp.flip(grown, -1), axis=-1), -1)
+    dA = (dlog * by_chunk).sum((0, 1, 3))
+    ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(dt.shape)
+    dB, dC = (_sum_of_blocks(array, tiles).astype(dtype) for array in (dB, dC))
+    return dx, ddt, dA, dB, dC, dinitial, jnp.zeros_like(run)
+
+
+def _kept(before, after, final, dfinal):
+    """The product of the state after each chunk and its gradient, summed per head (b, c, h)."""
+    _, batch, chunks, _, _ = before.shape
+    before, after = (array.astype(jnp.float32).sum(0) for array in (before, after))
+    inside = before[:, 1:] * after[:, :-1]
+    inside = inside.reshape(batch, chunks - 1, final.shape[1], -1).sum(-1)
+    return jnp.concatenate([inside, (final * dfinal).sum((2, 3))[:, None]], axis=1)
+
+
+def _sum_of_blocks(array, tiles):
+    """(k, b, t, n) for every block of heads as (b, t, g n)."""
+    blocks, batch, time, n = array.shape
+    groups = blocks * tiles.heads // tiles.heads_per_group
+    array = array.reshape(groups, -1, batch, time, n).sum(1)
+    return jnp.moveaxis(array, 0, 2).reshape(batch, time, groups * n)
+
+
+_ssd.defvjp(_forward, _backward)

@@ -1,0 +1,147 @@
+"""Sizes and small tools that the kernels share."""
+
+import dataclasses
+import itertools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Positions per chunk: the rows of one warpgroup's matrix product.
+CHUNK = 64
+LOG2E = math.log2(math.e)
+# One value per row, one per column, of an accumulator.
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What one program holds.
+
+    Attributes:
+      head_dim, state_size: p and n.
+      heads: heads of one program; all share one group.
+      heads_per_group: heads that share B and C.
+      planes: bfloat16 terms that stand for a matmul input: 1 for bfloat16, 3 for float32.
+    """
+
+    head_dim: int
+    state_size: int
+    heads: int
+    heads_per_group: int
+    planes: int
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a swizzled row: one value for every tile, since both operands of a product must agree."""
+        return 2 * math.gcd(64, self.head_dim, self.state_size)
+
+    @property
+    def plane_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Products of planes, the smallest first, that are above the rounding of the sum."""
+        return self._pairs(self.planes)
+
+    @property
+    def weight_planes(self) -> int:
+        """Planes of the weights inside a chunk, which exist in registers only.
+
+        The gradient of a decay is a sum of differences that nearly cancel, y dy - x dx: rounding the weights
+        to 8 bits on the way to y and, differently, on the way to dx would leave more than the sum.
+        """
+        return max(self.planes, 2)
+
+    @property
+    def weight_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Products of planes of the weights with planes of an input."""
+        return self._pairs(self.weight_planes)
+
+    def _pairs(self, left: int) -> tuple[tuple[int, int], ...]:
+        pairs = itertools.product(range(left), range(self.planes))
+        return tuple(sorted((pair for pair in pairs if sum(pair) < left), key=sum, reverse=True))
+
+
+def choose_tiles(x, A, B, C) -> Tiles | str:
+    """Sizes for one call, or why the kernels cannot run it."""
+    heads, head_dim = x.shape[2:]
+    groups, state_size = B.shape[2:]
+    heads_per_group = heads // groups
+    planes = {"bfloat16": 1, "float32": 3}.get(x.dtype.name)
+    if planes is None or {B.dtype, C.dtype} != {x.dtype} or A.dtype == jnp.float64:
+        got = ", ".join(array.dtype.name for array in (x, B, C, A))
+        return f"`x`, `B` and `C` must be all bfloat16 or all float32, `A` no wider than float32, got {got}"
+    if head_dim % 16 or state_size % 16 or state_size > 128:
+        return (
+            "`head_dim` and `state_size` must be multiples of 16, the latter at most 128, got "
+            f"{head_dim} and {state_size}"
+        )
+    # The fewest bytes are moved when all heads that share B and C are in one program, if they fit.
+    widest = 128 // (1 if planes == 1 else 2)
+    fitting = [
+        count
+        for count in range(1, heads_per_group + 1)
+        if heads_per_group % count == 0 and count * head_dim % 64 == 0 and count * head_dim <= widest
+    ]
+    if not fitting:
+        return (
+            f"the heads of a group must divide into blocks of 64 to {widest} features, got {heads_per_group} "
+            f"heads of {head_dim}"
+        )
+    return Tiles(head_dim, state_size, max(fitting), heads_per_group, planes)
+
+
+def tile(tiles: Tiles, rows: int, columns: int, planes: int | None = None):
+    """Shared memory for bfloat16 planes of a (rows, columns) matrix, laid out for the tensor cores."""
+    shape = (tiles.planes if planes is None else planes, rows, columns)
+    transforms = (plgpu.TilingTransform((8, tiles.swizzle // 2)), plgpu.SwizzleTransform(tiles.swizzle))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def load_planes(sm, columns):
+    """The float32 sum of the planes of some columns."""
+    planes = [load(sm.at[plane, :, columns], plgpu.Layout.WGMMA) for plane in range(sm.shape[0])]
+    return sum(plane.astype(jnp.float32) for plane in planes)
+
+
+def down(vector, shape):
+    """One value per row, repeated along the columns."""
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def across(vector, shape):
+    """One value per column, repeated along the rows."""
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def visible(run_ref, *, transposed: bool = False):
+    """Which earlier positions of the chunk a position sees: those of its own segment.
+
+    Positions are rows and what they see columns, or with `transposed` the other way round.
+    """
+    shape = (CHUNK, CHUNK)
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    causal = row <= column if transposed else column <= row
+    return causal & (down(load(run_ref, ROW), shape) == across(load(run_ref, COLUMN), shape))
+
+
+def split(value, planes: int):
+    """bfloat16 arrays whose sum is `value`, to 8 bits a plane."""
+    parts = []
+    for plane in range(planes):
+        parts.append(value.astype(jnp.bfloat16))
+        if plane + 1 < planes:
+            value = value - parts[-1].astype(jnp.float32)
+    return parts
+
+
+def params():
+    # Every layout is written down: inferring them takes unbounded time in kernels with this many products.
+    semantics = plgpu.LoweringSemantics.Lane
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=semantics)
