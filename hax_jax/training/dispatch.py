@@ -14,16 +14,17 @@ from hax_jax.config import TrainingConfig
 _MOST_STEPS = 20
 
 
-def make_dispatch(train_step: Callable[..., Any]) -> Callable[..., Any]:
+def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False) -> Callable[..., Any]:
     """Many updates as one function: dispatch(state, raws, count, *rest) -> (state, metrics of the last one).
 
-    A loop over the leading axis of `raws`, which stands before those that `train_step` takes. An update has
-    the same bits in a dispatch of any length, because the compiler sees the same loop body: barriers keep
-    what surrounds an update out of it, and `count`, the length once more as an array, hides from the
-    compiler that a loop of one turn could be dissolved.
+    A loop over the leading axis of `raws`, which stands before those that `train_step` takes. `count` is its
+    length once more, as an array: the compiler then sees the same loop whatever the length, and an update
+    has the same bits in a dispatch of one as in a dispatch of many.
 
     Args:
       train_step: one update, train_step(state, raw, *rest) -> (state, metrics).
+      known_length: tell the compiler the length of loops of more than one turn. This spares a GPU the
+        question, after each update, whether to go on; a dispatch of one may then differ by rounding.
     """
 
     def dispatch(state, raws, count, *rest):
@@ -32,14 +33,18 @@ def make_dispatch(train_step: Callable[..., Any]) -> Callable[..., Any]:
         # In the carry, not among the loop's outputs: only the last ones are wanted.
         metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         length = jax.tree.leaves(raws)[0].shape[0]
+        if length == 1:
+            # With one row to choose from, the batch would not depend on the turn: it would be made outside.
+            raws = jax.tree.map(lambda x: jnp.concatenate([x, x]), raws)
 
         def body(index, carry):
             raw = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), raws)
+            # What surrounds an update must not be fused with it, nor rounded together.
             inputs = jax.lax.optimization_barrier((carry[0], raw))
             return jax.lax.optimization_barrier(train_step(*inputs, *rest))
 
-        # A length known to the compiler spares a GPU the question, after each step, whether to go on.
-        return jax.lax.fori_loop(0, length if length > 1 else count, body, (state, metrics))
+        turns = length if known_length and length > 1 else count
+        return jax.lax.fori_loop(0, turns, body, (state, metrics))
 
     return dispatch
 

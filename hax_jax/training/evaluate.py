@@ -1,10 +1,13 @@
 """Scoring a model on a split: loss, accuracy, and accuracy by table size."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hax_jax.config import DataConfig
@@ -12,7 +15,8 @@ from hax_jax.training.sharding import put_batch, put_replicated
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
 
-# Raw batches of a split stay on the devices between evaluations if they take no more than this many bytes.
+# Raw batches of a split stay on the devices between evaluations if they take no more than this many bytes,
+# and as many batches as this holds, made ready for the model, are scored in one dispatch.
 _MAX_RESIDENT_BYTES = 256 * 2**20
 
 
@@ -60,7 +64,8 @@ class Evaluator:
     """Scores one split with one compiled function, the sums staying on the devices to the end.
 
     Two calls with the same arrays give the same bits: the split is walked from its beginning, and what is
-    random in the model depends on the run's seed, the split and the batch alone.
+    random in the model depends on the run's seed, the split and the batch alone. On a GPU or TPU a pass over
+    the split is one dispatch where memory allows; on a CPU, where a batch takes long, one for each batch.
 
     Args:
       structure: the module without its arrays.
@@ -69,7 +74,8 @@ class Evaluator:
       data: the settings whose table sizes the split has.
       batch_size: sequences scored at once.
       mesh: the devices.
-      eval_step: a compiled `make_eval_step(structure)` to share; one is compiled if None.
+      compiled: a `compiled_score(structure, ...)` to share; one is compiled if None.
+      num_members: of a population, whose arrays and keys have a leading axis; None for a single model.
     """
 
     def __init__(
@@ -80,19 +86,17 @@ class Evaluator:
         data: DataConfig,
         batch_size: int,
         mesh: jax.sharding.Mesh,
-        eval_step: Callable[..., Any] | None = None,
+        compiled: Callable[..., Any] | None = None,
+        num_members: int | None = None,
     ):
         self._split, self._purpose, self._batch_size, self._mesh = split, purpose, batch_size, mesh
         self._shape = (data.max_n_context + 1, data.max_n_key + 1)
-        self._eval_step = eval_step or compiled_eval_step(structure)
-
+        self._members = () if num_members is None else (num_members,)
+        self._score = compiled or compiled_score(structure, population=num_members is not None)
         # Apart from the model's function, so that all splits share that one: its compilation is the long one.
-        def prepare(raw, key, index):
-            key = jax.random.fold_in(jax.random.fold_in(key, purpose), index)
-            return split.materialize(raw), key
-
-        self._prepare = jax.jit(prepare)
+        self._prepare = jax.jit(lambda raws: jax.lax.map(split.materialize, raws))
         self._resident: list[Any] | None = None
+        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def __call__(
         self,
@@ -100,44 +104,80 @@ class Evaluator:
         buffers: dict[str, Any],
         key: jax.Array,
         stop: Callable[[], bool] = lambda: False,
-    ) -> EvalResult | None:
-        """Scores the split with these arrays; None if `stop` became true on the way."""
-        table = np.zeros(self._shape, np.float32)
-        zero = np.zeros((), np.float32)
+    ) -> list[EvalResult] | None:
+        """Scores the split with these arrays, a result a member; None if `stop` became true on the way."""
+        table = np.zeros((*self._members, *self._shape), np.float32)
+        zero = np.zeros(self._members, np.float32)
         zeros = {"loss": zero, "num_scored": zero, "accuracy": table, "num_items": table}
         # Every entry needs its own memory, because the totals are donated to each step.
         totals = put_replicated(self._mesh, {name: x.copy() for name, x in zeros.items()})
-        for raw, index in self._batches():
-            batch, batch_key = self._prepare(raw, key, index)
-            totals = self._eval_step(params, buffers, batch_key, batch, totals)
-            if self._mesh.devices.flat[0].platform == "cpu":
+        purpose = put_replicated(self._mesh, np.int32(self._purpose))
+        for raws, first in self._groups():
+            totals = self._score(params, buffers, key, purpose, first, self._prepare(raws), totals)
+            if self._on_cpu:
                 # Several programs at once on simulated devices can wait for each other for ever.
                 jax.block_until_ready(totals)
             if stop():
                 return None
         sums = {name: np.asarray(x, np.float64) for name, x in jax.device_get(totals).items()}
-        return _result(sums)
+        if not self._members:
+            return [_result(sums)]
+        return [_result({name: x[i] for name, x in sums.items()}) for i in range(self._members[0])]
 
-    def _batches(self):
-        """Pairs of a raw batch and its index, both on the devices."""
+    def _groups(self):
+        """Pairs of the raw batches of a dispatch and the number of the first, both on the devices."""
         if self._resident is not None:
             yield from self._resident
             return
-        batches, size = [], 0
-        raws = self._split.iterator(self._batch_size, repeat=False)
-        for index, raw in enumerate(raws):
-            pair = put_batch(self._mesh, raw), put_replicated(self._mesh, np.int32(index))
-            size += sum(x.nbytes for x in jax.tree.leaves(raw))
+        groups, size = [], 0
+        iterator = self._split.iterator(self._batch_size, repeat=False)
+        first = 0
+        while rows := list(itertools.islice(iterator, self._batches_together)):
+            raws = jax.tree.map(lambda *x: np.stack(x), *rows)
+            group = put_batch(self._mesh, raws, axis=1), put_replicated(self._mesh, np.int32(first))
+            first += len(rows)
+            size += sum(x.nbytes for x in jax.tree.leaves(raws))
             if size <= _MAX_RESIDENT_BYTES:
-                batches.append(pair)
-            yield pair
+                groups.append(group)
+            yield group
         if size <= _MAX_RESIDENT_BYTES:
-            self._resident = batches
+            self._resident = groups
+
+    @functools.cached_property
+    def _batches_together(self) -> int:
+        if self._on_cpu:
+            return 1
+        raw = next(self._split.iterator(self._batch_size, repeat=False))
+        shapes = jax.eval_shape(self._split.materialize, raw)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        return max(_MAX_RESIDENT_BYTES // size, 1)
 
 
-def compiled_eval_step(structure: ModelStructure) -> Callable[..., Any]:
-    """`make_eval_step` compiled, with its totals donated."""
-    return jax.jit(make_eval_step(structure), donate_argnums=4)
+def compiled_score(structure: ModelStructure, *, population: bool = False) -> Callable[..., Any]:
+    """Scores batch after batch in one program, its totals donated.
+
+    score(params, buffers, key, purpose, first, batches, totals) -> totals, where `batches` have a leading
+    axis and `first` is the number of the first. With `population` the arrays, keys and totals have a leading
+    axis of members, which are scored one after the other: memory is that of one, and so are the bits.
+    """
+    eval_step = make_eval_step(structure)
+
+    def score(params, buffers, key, purpose, first, batches, totals):
+        def add(totals, inputs):
+            index, batch = inputs
+
+            def one(member):
+                params, buffers, key, totals = member
+                key = jax.random.fold_in(jax.random.fold_in(key, purpose), index)
+                return eval_step(params, buffers, key, batch, totals)
+
+            members = params, buffers, key, totals
+            return (jax.lax.map(one, members) if population else one(members)), None
+
+        count = batches.item_weight.shape[0]
+        return jax.lax.scan(add, totals, (first + jnp.arange(count), batches))[0]
+
+    return jax.jit(score, donate_argnums=6)
 
 
 def _result(sums: dict[str, np.ndarray]) -> EvalResult:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -21,12 +22,12 @@ class Beginning:
     Attributes:
       structure: the module without its arrays.
       shapes: the `TrainState` as shapes and dtypes.
-      make: makes the state on the devices, repeated on each.
+      make: makes the state of a seed, by default the experiment's, on the devices, repeated on each.
     """
 
     structure: ModelStructure
     shapes: TrainState
-    make: Callable[[], TrainState]
+    make: Callable[..., TrainState]
 
 
 def prepare(
@@ -46,25 +47,27 @@ def prepare(
     if model is None:
         structure, _, _ = split_model(nnx.eval_shape(lambda: build(experiment)))
 
-        def arrays() -> tuple[dict[str, Any], dict[str, Any]]:
-            return split_model(build(experiment))[1:]
+        def arrays(seed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            return split_model(build(experiment, seed))[1:]
 
         given: tuple[Any, ...] = ()
     else:
         structure, *given_arrays = split_model(model)
         given = tuple(jax.tree.map(jnp.copy, given_arrays))
 
-    def make(*given):
-        params, buffers = given or arrays()
-        return make_state(params, buffers, optimizer, experiment.seed)
+    def make(seed, *given):
+        params, buffers = given or arrays(seed)
+        return make_state(params, buffers, optimizer, seed)
 
-    shapes = jax.eval_shape(make, *given)
-    return Beginning(structure, shapes, lambda: jax.jit(make, out_shardings=replicated(mesh))(*given))
+    # The seed is an argument, so that all members of a population begin by the same program.
+    shapes = jax.eval_shape(make, np.int32(0), *given)
+    compiled = jax.jit(make, out_shardings=replicated(mesh))
+    return Beginning(structure, shapes, lambda seed=experiment.seed: compiled(np.int32(seed), *given))
 
 
-def build(experiment: Experiment) -> nnx.Module:
-    """The experiment's model with the initial values of its seed."""
+def build(experiment: Experiment, seed: Any = None) -> nnx.Module:
+    """The experiment's model with the initial values of its seed, or of another one, () int32."""
     from hax_jax.models import build_model
 
-    key = jax.random.fold_in(jax.random.key(experiment.seed), Purpose.INIT)
+    key = jax.random.fold_in(jax.random.key(experiment.seed if seed is None else seed), Purpose.INIT)
     return build_model(experiment.model, rngs=nnx.Rngs(key))

@@ -20,7 +20,7 @@ from hax_jax.training import initialise
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
 from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, steps_until_due
 from hax_jax.training.errors import CheckpointError, TrainingError
-from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_eval_step
+from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_score
 from hax_jax.training.metrics import MetricsWriter, has_tensorboard
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.progress import Console, Progress, duration
@@ -28,7 +28,7 @@ from hax_jax.training.refused import Refusals
 from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
-from hax_jax.training.step import make_train_step
+from hax_jax.training.step import make_rated_step
 from hax_jax.training.workdir import RunFolder, RunResult
 
 # Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
@@ -124,16 +124,17 @@ class _Run:
         optimizer = make_optimizer(self.training)
         self.beginning = initialise.prepare(experiment, model, optimizer, self.mesh)
         structure = self.beginning.structure
-        train_step = make_train_step(structure, splits["train"].materialize, optimizer, self.training)
+        step = make_rated_step(structure, splits["train"].materialize, self.training)
         self.per_dispatch = steps_per_dispatch(self.training, self.mesh.devices.flat[0].platform)
         self.update = jax.jit(
-            make_dispatch(train_step),
+            make_dispatch(step, known_length=not self._on_cpu()),
             donate_argnums=0,
             out_shardings=replicated(self.mesh),
         )
-        eval_step = compiled_eval_step(structure)
+        self.peak = self._put(np.float32(self.training.learning_rate))
+        compiled = compiled_score(structure)
         self.evaluators = {
-            purpose: Evaluator(structure, splits[name], purpose, experiment.data, size, self.mesh, eval_step)
+            purpose: Evaluator(structure, splits[name], purpose, experiment.data, size, self.mesh, compiled)
             for name, purpose in (("valid", Purpose.VALID), ("test", Purpose.TEST))
         }
 
@@ -253,7 +254,7 @@ class _Run:
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
-        self.state, metrics = self.update(self.state, raws, np.int32(count))
+        self.state, metrics = self.update(self.state, raws, np.int32(count), self.peak)
         self.step += count
         return metrics
 
@@ -322,7 +323,8 @@ class _Run:
         self.progress.pause(time.perf_counter() - begin)
 
     def _score(self, purpose: Purpose, params: Any, buffers: Any) -> EvalResult | None:
-        return self.evaluators[purpose](params, buffers, self.state.key, stop=lambda: bool(self.stop))
+        results = self.evaluators[purpose](params, buffers, self.state.key, stop=lambda: bool(self.stop))
+        return results and results[0]
 
     def _save(self) -> None:
         if self.step == self.last_saved:

@@ -19,7 +19,7 @@ class AdamWState(NamedTuple):
     nu: Any
 
 
-def learning_rate_schedule(training: TrainingConfig) -> optax.Schedule:
+def learning_rate_schedule(training: TrainingConfig, peak: Any = None) -> optax.Schedule:
     """Learning rate by number of updates already made: linear warm-up from 0, then constant or a decay.
 
     rate(s) = min(1, s / warmup_steps) * decayed(s), where decayed(s) goes from `learning_rate` at
@@ -28,11 +28,13 @@ def learning_rate_schedule(training: TrainingConfig) -> optax.Schedule:
 
     Args:
       training: the settings `learning_rate`, `warmup_steps`, `schedule`, `final_learning_rate`, `num_steps`.
+      peak: () float32 in place of the setting `learning_rate`, for a program that serves several rates.
 
     Returns:
       A function from the count, () integer, to the rate, () float32.
     """
-    peak, floor, warmup = training.learning_rate, training.final_learning_rate, training.warmup_steps
+    peak = training.learning_rate if peak is None else peak
+    floor, warmup = training.final_learning_rate, training.warmup_steps
     decay_steps = max(training.num_steps - warmup, 1)
 
     def schedule(count):
@@ -44,13 +46,13 @@ def learning_rate_schedule(training: TrainingConfig) -> optax.Schedule:
         elif training.schedule == "cosine":
             rate = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
         else:
-            rate = jnp.float32(peak)
+            rate = jnp.asarray(peak, jnp.float32)
         return factor * rate
 
     return schedule
 
 
-def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
+def make_optimizer(training: TrainingConfig, peak: Any = None) -> optax.GradientTransformation:
     """AdamW with decoupled decay of every parameter, in the order of operations of `torch.optim.AdamW`.
 
     With rate r, decay w, t = 1, 2, ..: p <- p (1 - r w); m <- m + (1 - b1)(g - m); v <- b2 v + (1 - b2) g^2;
@@ -62,6 +64,7 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
 
     Args:
       training: the settings of AdamW and of its schedule.
+      peak: as in `learning_rate_schedule`.
 
     Returns:
       An optax transformation; its updates are float32 for narrower parameters, so that
@@ -70,7 +73,7 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2. Memory: two copies of
     the parameters.
     """
-    schedule = learning_rate_schedule(training)
+    schedule = learning_rate_schedule(training, peak)
     b1, b2, eps = training.adam_b1, training.adam_b2, training.adam_eps
     log_b1, log_b2 = (math.log(b) if b > 0 else -math.inf for b in (b1, b2))
 

@@ -107,6 +107,6 @@ def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None
     items = RelabeledSplit(make_split(data, split), data, experiment.data)
     evaluator = Evaluator(trained.structure, items, Purpose[split.upper()], data, size, mesh)
     key = put_replicated(mesh, jax.random.key(experiment.seed))
-    result = evaluator(trained.params, trained.buffers, key)
-    assert result is not None
-    return result
+    results = evaluator(trained.params, trained.buffers, key)
+    assert results is not None
+    return results[0]

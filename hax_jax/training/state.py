@@ -100,7 +100,7 @@ def buffers_of(model: nnx.Module) -> dict[str, Any]:
 
 
 def make_state(
-    params: dict[str, Any], buffers: dict[str, Any], optimizer: optax.GradientTransformation, seed: int
+    params: dict[str, Any], buffers: dict[str, Any], optimizer: optax.GradientTransformation, seed: Any
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(

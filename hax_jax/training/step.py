@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
 from hax_jax.training.adapter import logits_and_gate_loss
-from hax_jax.training.optimizer import learning_rate_schedule
+from hax_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, TrainState, buffers_of
 
 Sums = dict[str, Any]
@@ -39,6 +39,7 @@ def make_train_step(
     materialize: Callable[[Any], Batch],
     optimizer: optax.GradientTransformation,
     training: TrainingConfig,
+    peak: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Sums]]:
     """The update of a run: train_step(state, raw) -> (state, metrics).
 
@@ -58,11 +59,12 @@ def make_train_step(
       materialize: from a raw batch to a `Batch`, traced inside the step.
       optimizer: from gradients to updates.
       training: the other settings.
+      peak: as in `learning_rate_schedule`, for the metrics.
 
     Returns:
-      A pure function, to be compiled with its first argument donated. It may be called in a `lax.scan`.
+      A pure function, to be compiled with its first argument donated. It may be called in a loop.
     """
-    schedule = learning_rate_schedule(training)
+    schedule = learning_rate_schedule(training, peak)
     gradient = jax.grad(_make_objective(structure, training), has_aux=True)
 
     def train_step(state, raw):
@@ -89,6 +91,22 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def make_rated_step(
+    structure: ModelStructure, materialize: Callable[[Any], Batch], training: TrainingConfig
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Sums]]:
+    """As `make_train_step`, the learning rate an argument: step(state, raw, peak) -> (state, metrics).
+
+    Under `jax.vmap` over states and rates it is the update of a population. The rate is an argument for a
+    single run too, because a compiler folds constants, and rounds them, as it sees fit.
+    """
+
+    def rated_step(state, raw, peak):
+        optimizer = make_optimizer(training, peak)
+        return make_train_step(structure, materialize, optimizer, training, peak)(state, raw)
+
+    return rated_step
 
 
 def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
