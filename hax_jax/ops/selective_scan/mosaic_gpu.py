@@ -23,6 +23,7 @@ from hax_jax.ops.selective_scan.mosaic_gpu_kernels import Plan
 
 # A warpgroup's lanes, four to a channel.
 MIN_CHANNELS = 32
+MANY_CHUNKS = 16
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
@@ -57,11 +58,14 @@ class Tiles:
         lanes, groups, programs = self.lanes, self.groups, self.programs
         if backward:
             lanes, groups, programs = self.backward_lanes, self.backward_groups, self.backward_programs
-        while channels % (kernels.WARPGROUP // lanes * groups):
-            lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
-        blocks = batch * channels // (kernels.WARPGROUP // lanes * groups)
         tiles = pl.cdiv(length, self.steps)
-        chunks = min(pl.cdiv(programs, blocks), tiles)
+        while True:
+            width = kernels.WARPGROUP // lanes * groups
+            chunks = min(max(1, round(programs * width / (batch * channels))), tiles)
+            # Wide programs do more with what they load; but every chunk joins those before it.
+            if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
+                break
+            lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
         chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
         return Plan(batch, length, channels, states, self.steps, lanes, groups, chunks)

@@ -22,6 +22,8 @@ WARPGROUP = 128
 LOG2_E = math.log2(math.e)
 # The exponent at the first position of a segment: exp2 of it is 0, and it is far from the infinities.
 RESET = -1e30
+# Chunks joined at a time.
+JOINED = 4
 # Tiles in flight or in use at a time.
 SLOTS = 2
 # Resets of a tile, padded to what the copy engine can place.
@@ -206,13 +208,21 @@ class _Program:
     def joined(self, start, chunks):
         """The state that reaches this chunk, from `start` through what other chunks do to it."""
 
-        def through(index, carry):
-            chunk = self.plan.chunks - 1 - index if self.reverse else index
-            decay = self.load_states(self.refs.chunk_decay.at[self.batch, chunk])
-            local = self.load_states(self.refs.chunk_state.at[self.batch, chunk])
-            return tuple(d * c + s for d, c, s in zip(decay, carry, local, strict=True))
+        def through(step, carry):
+            # Several at a time, so that their loads are under way together; past the last nothing changes.
+            for index in (step * JOINED + offset for offset in range(JOINED)):
+                valid = (index < chunks).astype(jnp.float32)
+                chunk = jnp.minimum(index, self.plan.chunks - 1)
+                chunk = self.plan.chunks - 1 - chunk if self.reverse else chunk
+                decay = self.load_states(self.refs.chunk_decay.at[self.batch, chunk])
+                local = self.load_states(self.refs.chunk_state.at[self.batch, chunk])
+                carry = tuple(
+                    (d * valid + (1 - valid)) * c + s * valid
+                    for d, c, s in zip(decay, carry, local, strict=True)
+                )
+            return carry
 
-        return lax.fori_loop(jnp.int32(0), chunks, through, start)
+        return lax.fori_loop(jnp.int32(0), pl.cdiv(chunks, JOINED), through, start)
 
 
 def chunk_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], reverse: bool) -> None:
