@@ -84,13 +84,12 @@ def _forward(x, dt, A, B, C, initial_state, run, tiles):
     x, B, C = (_planes(array, tiles) for array in (x, B, C))
     left = states.chunk_states(x, leave * by_chunk, B, tiles)
     before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
-    cum_dt = cum - jnp.log2(by_chunk)
-    y = forward.outputs(x, B, C, before, cum, cum_dt, enter, run, tiles)
-    return (y, final), (x, dt, A, B, C, run, before, y, final)
+    y = forward.outputs(x, B, C, before, cum, by_chunk, enter, run, tiles)
+    return (y, final), (x, dt, A, B, C, run, before, y)
 
 
 def _backward(tiles, residuals, cotangents):
-    x, dt, A, B, C, run, before, y, final = residuals
+    x, dt, A, B, C, run, before, y = residuals
     dy, dfinal = cotangents
     by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     dtype = jnp.bfloat16 if tiles.planes == 1 else jnp.float32
@@ -99,15 +98,16 @@ def _backward(tiles, residuals, cotangents):
     dy_planes = _planes(dy, tiles)
     asked = states.chunk_states(dy_planes, enter, C, tiles)
     after, dinitial = states.carry_states(asked, decay, dfinal, tiles, reverse=True)
-    dx, dB, dC, direct = backward.gradients(
+    dx, dB, dC, direct, left = backward.gradients(
         x, dy_planes, B, C, before, after, cum, by_chunk, enter, leave, run, tiles
     )
 
-    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and all of the
-    # state a chunk leaves grows with the exponential of its last cum.
+    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the state a chunk
+    # leaves grows with the exponential of its last cum: what it kept of the state before, and what it added.
+    # The last is summed from `left`, so that it cancels what `direct` holds of it.
     by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
     grown = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - by_chunk * direct
-    grown = grown.at[..., -1].add(_kept(before, after, final, dfinal))
+    grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))
     dlog = jnp.flip(jnp.cumsum(jnp.flip(grown, -1), axis=-1), -1)
     dA = (dlog * by_chunk).sum((0, 1, 3))
     ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(dt.shape)
@@ -115,13 +115,10 @@ def _backward(tiles, residuals, cotangents):
     return dx, ddt, dA, dB, dC, dinitial, jnp.zeros_like(run)
 
 
-def _kept(before, after, final, dfinal):
-    """The product of the state after each chunk and its gradient, summed per head (b, c, h)."""
-    _, batch, chunks, _, _ = before.shape
+def _overlap(before, after, shape):
+    """The products of states and their gradients, summed per chunk and head."""
     before, after = (array.astype(jnp.float32).sum(0) for array in (before, after))
-    inside = before[:, 1:] * after[:, :-1]
-    inside = inside.reshape(batch, chunks - 1, final.shape[1], -1).sum(-1)
-    return jnp.concatenate([inside, (final * dfinal).sum((2, 3))[:, None]], axis=1)
+    return (before * after).reshape(*shape, -1).sum(-1)
 
 
 def _sum_of_blocks(array, tiles):

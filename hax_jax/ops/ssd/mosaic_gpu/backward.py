@@ -34,8 +34,9 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
     x and dy (planes, b, t, h p), B and C (planes, b, t, g n), before and after (planes, b, c, h p, n) as
     bfloat16 planes; cum, dt, enter and leave (b, c, h, 64), run (b, c, 64) float32.
 
-    Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), and the part of dt's gradient
-    that does not come through the decay (b, c, h, 64); all but dx are float32.
+    Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), the part of dt's gradient that does
+    not come through the decay (b, c, h, 64), and what of it comes from the state that the chunk leaves; all
+    but dx are float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
@@ -44,7 +45,7 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
 
     def body(*refs):
         inputs, vectors, outputs, shared, (dx_sm, dS_sm, loaded) = (
-            refs[:6], refs[6:11], refs[11:15], refs[15:21], refs[21:]
+            refs[:6], refs[6:11], refs[11:16], refs[16:22], refs[22:]
         )  # fmt: skip
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
@@ -56,7 +57,7 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
         B_sm, C_sm, x_sm, dy_sm, before_sm, after_sm = shared
         of_chunk = [ref.at[b, c] for ref in vectors]
         cum_ref, dt_ref, enter_ref, leave_ref, run_ref = of_chunk
-        dx_ref, dB_ref, dC_ref, direct_ref = outputs
+        dx_ref, dB_ref, dC_ref, direct_ref, left_ref = outputs
         seen = visible(run_ref, transposed=True)
         plgpu.barrier_wait(loaded)
 
@@ -71,9 +72,10 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
             index = k * block + head
             per_head = [ref.at[index] for ref in (cum_ref, dt_ref, leave_ref)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
-            dx, direct, dS = _head(S, dS, pl.ds(head * p, p), of_head, tiles)
+            dx, direct, left, dS = _head(S, dS, pl.ds(head * p, p), of_head, tiles)
             dx_sm[:, pl.ds(head * p, p)] = dx.astype(dx_type)
             direct_ref[b, c, index] = direct
+            left_ref[b, c, index] = left
         dS = split(jnp.where(seen, dS, 0.0), planes)
         for plane in range(planes):
             dS_sm[plane] = dS[plane]
@@ -101,13 +103,15 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
 
     rows, states = tile(tiles, CHUNK, width), tile(tiles, width, n)
     of_group = jax.ShapeDtypeStruct((heads // block, batch, time_padded, n), jnp.float32)
+    of_head = jax.ShapeDtypeStruct(cum.shape, jnp.float32)
     return plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((batch, time_padded, heads * p), dx_type),
             of_group,
             of_group,
-            jax.ShapeDtypeStruct(cum.shape, jnp.float32),
+            of_head,
+            of_head,
         ],
         scratch_types=[
             *[tile(tiles, CHUNK, n), tile(tiles, CHUNK, n), rows, rows, states, states],
@@ -122,7 +126,7 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
 
 
 def _head(S, dS, here, of_head, tiles):
-    """dx of one head (64, p), the gradient of its dt not through the decay (64,), and dS with its share."""
+    """dx of one head (64, p), its `direct` and `left` (64,), and dS with its share."""
     x_sm, dy_sm, B_sm, after_sm, cum_ref, dt_ref, leave_ref = of_head
     rows, planes = (CHUNK, tiles.head_dim), tiles.planes
     x = load_planes(x_sm, here)
@@ -138,9 +142,9 @@ def _head(S, dS, here, of_head, tiles):
         weights = split(S * decay, tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(from_outputs, weights[i], dy_sm.at[j, :, here])
-        drive = down(load(leave_ref, ROW), rows) * from_state[...] + from_outputs[...]
-        return drive, dS + through[...] * decay
+        left = down(load(leave_ref, ROW), rows) * from_state[...]
+        return left, left + from_outputs[...], dS + through[...] * decay
 
     accumulators = [plgpu.ACC(shape, jnp.float32) for shape in (SQUARE, rows, rows)]
-    drive, dS = pl.run_scoped(products, *accumulators)
-    return drive * dt, (x * drive).sum(axis=1), dS
+    left, drive, dS = pl.run_scoped(products, *accumulators)
+    return drive * dt, (x * drive).sum(axis=1), (x * left).sum(axis=1), dS

@@ -20,22 +20,19 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     visible,
 )
 
-# 2^_CEILING times a masked zero is zero; above it exp2 may overflow.
-_CEILING = 126.0
 
-
-def outputs(x, B, C, before, cum, cum_dt, enter, run, tiles: Tiles):
+def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
     """y_i = sum_{j <= i} 2^(cum_i - cum_j) dt_j (C_i . B_j) x_j + enter_i before C_i, within one chunk.
 
     x (planes, b, t, h p), B and C (planes, b, t, g n), before (planes, b, c, h p, n) as bfloat16 planes;
-    cum, cum_dt = cum - log2 dt and enter (b, c, h, 64), run (b, c, 64) float32.
+    cum, dt and enter (b, c, h, 64), run (b, c, 64) float32.
     Returns y (b, t, h p) float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, block * p
 
-    def body(x_ref, B_ref, C_ref, before_ref, cum_ref, cum_dt_ref, enter_ref, run_ref, y_ref, *scratch):
+    def body(x_ref, B_ref, C_ref, before_ref, cum_ref, dt_ref, enter_ref, run_ref, y_ref, *scratch):
         x_sm, B_sm, C_sm, before_sm, y_sm, loaded = scratch
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
@@ -55,7 +52,7 @@ def outputs(x, B, C, before, cum, cum_dt, enter, run, tiles: Tiles):
 
         S = jnp.where(seen, pl.run_scoped(scores, plgpu.ACC((CHUNK, CHUNK), jnp.float32)), 0.0)
         for head in range(block):
-            vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, cum_dt_ref, enter_ref)]
+            vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, dt_ref, enter_ref)]
             y_sm[:, pl.ds(head * p, p)] = _head(
                 S, pl.ds(head * p, p), (x_sm, C_sm, before_sm, *vectors), tiles
             )
@@ -82,19 +79,21 @@ def outputs(x, B, C, before, cum, cum_dt, enter, run, tiles: Tiles):
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
         compiler_params=params(),
-    )(x, B, C, before, cum, cum_dt, enter, run)
+    )(x, B, C, before, cum, dt, enter, run)
 
 
 def _head(S, here, of_head, tiles):
     """y of one head (64, p)."""
-    x_sm, C_sm, before_sm, cum_ref, cum_dt_ref, enter_ref = of_head
+    x_sm, C_sm, before_sm, cum_ref, dt_ref, enter_ref = of_head
     square, rows = (CHUNK, CHUNK), (CHUNK, tiles.head_dim)
 
     def products(from_before, within):
         for i, j in tiles.plane_pairs:
             plgpu.wgmma(from_before, C_sm.at[i], before_sm.at[j, here].transpose((1, 0)))
-        exponent = down(load(cum_ref, ROW), square) - across(load(cum_dt_ref, COLUMN), square)
-        weights = split(S * jnp.exp2(jnp.minimum(exponent, _CEILING)), tiles.weight_planes)
+        exponent = down(load(cum_ref, ROW), square) - across(load(cum_ref, COLUMN), square)
+        # Where it is above zero S is zero.
+        decay = jnp.exp2(jnp.minimum(exponent, 0.0))
+        weights = split(S * decay * across(load(dt_ref, COLUMN), square), tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(within, weights[i], x_sm.at[j, :, here])
         return down(load(enter_ref, ROW), rows) * from_before[...] + within[...]
