@@ -218,13 +218,22 @@ class _Run:
                 f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
             )
             return RunResult(
-                "interrupted", self.step, self.best.step, self.best.accuracy,
+                "interrupted",
+                self.step,
+                self.best.step,
+                self.best.accuracy,
                 refused_updates=self.refusals.count,
             )
         self.metrics.write(self.step, "test", {"loss": test.loss, "accuracy": test.accuracy})
         self.metrics.flush()
         result = RunResult(
-            "finished", self.step, self.best.step, self.best.accuracy, test.accuracy, test.loss, test.table(),
+            "finished",
+            self.step,
+            self.best.step,
+            self.best.accuracy,
+            test.accuracy,
+            test.loss,
+            test.table(),
             self.refusals.count,
         )
         self.folder.finish(result)

@@ -30,7 +30,9 @@ class Tally:
     def counts(self) -> dict[str, Any]:
         """As plain JSON."""
         return {
-            "trials": self.trials, "failures": self.failures, "of_kind": dict(self.of_kind),
+            "trials": self.trials,
+            "failures": self.failures,
+            "of_kind": dict(self.of_kind),
             "details": self.details,
         }
 

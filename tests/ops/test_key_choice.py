@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hax_jax import ops
+from hax_jax.ops import pairs_mosaic_gpu, sorting
+from tests.ops import mosaic_interpreter
 from tests.ops.cases import lengths, make_segments, rng, segmented
 
 BATCH = 3
@@ -140,3 +142,90 @@ def test_bad_calls_say_which_argument():
         ops.key_lifetimes(scores, 0)
     with pytest.raises(ValueError, match="`implementation` of key_lifetimes"):
         ops.key_lifetimes(scores, 1, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("radix", [False, True], ids=["rows", "radix"])
+def test_long_rows_sort_as_short_ones_do(radix, monkeypatch):
+    """The two sorts behind orders and lifetimes, on the same rows."""
+    monkeypatch.setattr(sorting, "MIN_LENGTH_OF_RADIX", 0 if radix else 1 << 30)
+    g = rng(8)
+    length = 70
+    segment_ids = make_segments(g, BATCH, length)
+    codes = [jnp.asarray(g.integers(-3, 4, (BATCH, length)), jnp.int32) for _ in "qk"]
+    scores = jnp.asarray(g.integers(-2, 3, (BATCH, length)) * 0.5, jnp.float32)
+    for ids in (None, segment_ids):
+        got, want = (
+            (
+                *ops.bucket_orders(*codes, segment_ids=ids, implementation=form),
+                ops.key_lifetimes(scores, 3, segment_ids=ids, implementation=form),
+            )
+            for form in ("xla", "reference")
+        )
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_descending_keys_order_every_dtype():
+    values = [3.0, 0.5, 0.0, -0.0, -1e-30, -2.0, -jnp.inf, jnp.inf, 1e30]
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x = jnp.asarray(values, dtype)
+        keys = np.asarray(sorting.descending(x)).astype(np.int64)
+        x = np.asarray(x, np.float64)
+        np.testing.assert_array_equal(np.sign(keys[:, None] - keys), np.sign(x - x[:, None]))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    mosaic_interpreter.install()
+    monkeypatch.setattr(pairs_mosaic_gpu, "interpret", mosaic_interpreter.SETTINGS)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.timeout(600)
+def test_interpreted_kernels_equal_the_reference():
+    assert_kernels_equal_the_reference(2, 140, 4, segmented=True)
+
+
+def test_kernels_lower_for_hopper(monkeypatch):
+    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    codes, scores = jnp.zeros((3, 1057), jnp.int32), jnp.zeros((3, 1057))
+    for function, arguments in (
+        (lambda x: ops.bucket_orders(x, x, implementation="mosaic_gpu"), codes),
+        (lambda x: ops.key_lifetimes(x, 32, implementation="mosaic_gpu"), scores),
+    ):
+        text = jax.jit(function).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_kernels_say_what_they_need():
+    if ops.dispatch.has_mosaic_gpu():
+        pytest.skip("there is a GPU that they can run on")
+    with pytest.raises(ValueError, match="'mosaic_gpu' of key_lifetimes needs a Hopper GPU"):
+        ops.key_lifetimes(jnp.zeros((1, 4)), 2, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="'mosaic_gpu' of bucket_orders needs a Hopper GPU"):
+        ops.bucket_orders(*[jnp.zeros((1, 4), jnp.int32)] * 2, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length"), [(64, 1057), (3, 4096), (2, 1), (1, 20_000)])
+@segmented
+def test_kernels_equal_the_reference_on_a_gpu(batch, length, segmented):
+    assert_kernels_equal_the_reference(batch, length, 32, segmented)
+
+
+def assert_kernels_equal_the_reference(batch, length, num_keys, segmented):
+    """Long rows against the sorts of 'xla': the reference would need all pairs at once."""
+    form = "reference" if batch * length**2 <= 1 << 27 else "xla"
+    g = rng(9, length)
+    segment_ids = make_segments(g, batch, length) if segmented else None
+    codes = [jnp.asarray(g.integers(0, 5, (batch, length)), jnp.int32) for _ in "qk"]
+    scores = jnp.asarray(g.integers(-9, 9, (batch, length)), jnp.float32)
+    got, want = (
+        (
+            *ops.bucket_orders(*codes, segment_ids=segment_ids, implementation=name),
+            ops.key_lifetimes(scores, num_keys, segment_ids=segment_ids, implementation=name),
+        )
+        for name in ("mosaic_gpu", form)
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -20,8 +20,17 @@ from tests.training.test_step import items
 from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment
 
 HAX = ModelConfig(
-    vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2, head_dim=8, chunk_size=8,
-    sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2, data_max_length=32,
+    vocab_size=VOCAB_SIZE,
+    hidden_size=8,
+    num_layers=1,
+    state_size=4,
+    num_heads=2,
+    head_dim=8,
+    chunk_size=8,
+    sparse_arch="sign_bin_lsh+key_selection",
+    sparse_keys=4,
+    num_hash=2,
+    data_max_length=32,
 )
 
 

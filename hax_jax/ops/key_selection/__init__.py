@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hax_jax.ops import dispatch
-from hax_jax.ops.key_selection import reference, xla
+from hax_jax.ops import dispatch, pairs_mosaic_gpu
+from hax_jax.ops.key_selection import mosaic_gpu, reference, xla
 from hax_jax.ops.numerics import wide
 
-IMPLEMENTATIONS = {"xla": xla.key_lifetimes, "reference": reference.key_lifetimes}
+IMPLEMENTATIONS = {
+    "xla": xla.key_lifetimes,
+    "reference": reference.key_lifetimes,
+    "mosaic_gpu": mosaic_gpu.key_lifetimes,
+}
 
 
 @jax.named_scope("key_lifetimes")
@@ -30,7 +34,8 @@ def key_lifetimes(
       scores: (b, t) any float dtype, no NaN.
       num_keys: k, at least 1.
       segment_ids: (b, t) int32; each segment has a running top-k of its own.
-      implementation: None, 'reference' (compares all pairs) or 'xla' (a sort, then log2(t) linear passes).
+      implementation: None, 'reference' (compares all pairs), 'xla' (a sort, then log2(t) linear passes) or
+        'mosaic_gpu' (a kernel on Hopper GPUs and newer, which compares pairs in rows that are short enough).
 
     Returns:
       (b, t) int32 expiries; expiry_j <= j for a key that is never visible.
@@ -41,7 +46,8 @@ def key_lifetimes(
     Source: HAX (arXiv 2507.00449), section 4, restated; the README beside this file derives it. Memory grows
     as b t ('xla').
     """
-    function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS)
+    preferred = "mosaic_gpu" if pairs_mosaic_gpu.pays(scores.shape) else "xla"
+    function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS, preferred)
     if num_keys < 1:
         raise ValueError(f"`num_keys` of key_lifetimes must be at least 1, got {num_keys}")
     if segment_ids is not None:

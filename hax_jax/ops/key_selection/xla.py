@@ -11,19 +11,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from hax_jax.ops import segments
+from hax_jax.ops.sorting import descending, stable_order
 
 
 def key_lifetimes(scores, num_keys, segment_ids):
     batch, length = scores.shape
-    ids = segments.as_array(segment_ids, scores.shape)
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    ids, _, by_rank = lax.sort((ids, -scores, position), dimension=1, num_keys=3)
-    # The first rank of each segment: only better keys of the same segment count.
-    first = lax.cummax(jnp.where(segments.starts(ids), position, 0), axis=1)
+    if segment_ids is None:
+        by_rank = stable_order(descending(scores))
+        first = jnp.zeros_like(position)
+    else:
+        number = segments.numbers(segment_ids)
+        by_rank = stable_order(number, descending(scores))
+        # Segments lie one after the other by rank as they do in time. Only better keys of the same one count.
+        first = lax.cummax(jnp.where(segments.starts(number), position, 0), axis=1)
     expiry = jax.vmap(lambda p, low: _smallest_in_range(p, low, position[0], num_keys))(by_rank, first)
     expiry = jnp.where(position - first >= num_keys, expiry, length)
-    _, expiry = lax.sort((by_rank, expiry), dimension=1, num_keys=1)
-    return expiry
+    row = jnp.arange(batch)[:, None]
+    return jnp.zeros_like(expiry).at[row, by_rank].set(expiry, unique_indices=True, mode="promise_in_bounds")
 
 
 def _smallest_in_range(values, low, high, k):

@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hax_jax.ops import dispatch
-from hax_jax.ops.lsh import reference, xla
+from hax_jax.ops import dispatch, pairs_mosaic_gpu
+from hax_jax.ops.lsh import mosaic_gpu, reference, xla
 from hax_jax.ops.numerics import einsum
 
-IMPLEMENTATIONS = {"xla": xla.bucket_orders, "reference": reference.bucket_orders}
+IMPLEMENTATIONS = {
+    "xla": xla.bucket_orders,
+    "reference": reference.bucket_orders,
+    "mosaic_gpu": mosaic_gpu.bucket_orders,
+}
 
 MAX_BITS = 31
 
@@ -74,7 +78,8 @@ def bucket_orders(
     Args:
       query_code, key_code: (b, t) int32, of the same positions.
       segment_ids: (b, t) int32; buckets are counted anew in each segment.
-      implementation: None, 'reference' (compares all pairs) or 'xla' (one sort).
+      implementation: None, 'reference' (compares all pairs), 'xla' (one sort) or 'mosaic_gpu' (a kernel on
+        Hopper GPUs and newer, which compares pairs in rows that are short enough).
 
     Returns:
       count (b, t) and order (b, t), int32.
@@ -84,7 +89,8 @@ def bucket_orders(
 
     Source: design of this project, after HAX (arXiv 2507.00449), section 4. Memory grows as b t ('xla').
     """
-    function = dispatch.resolve("bucket_orders", implementation, IMPLEMENTATIONS)
+    preferred = "mosaic_gpu" if pairs_mosaic_gpu.pays(query_code.shape) else "xla"
+    function = dispatch.resolve("bucket_orders", implementation, IMPLEMENTATIONS, preferred)
     dispatch.check_shape("bucket_orders", "key_code", key_code.shape, query_code.shape, "b, t")
     if segment_ids is not None:
         dispatch.check_shape("bucket_orders", "segment_ids", segment_ids.shape, query_code.shape, "b, t")

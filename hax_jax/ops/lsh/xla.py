@@ -8,36 +8,46 @@ import jax.numpy as jnp
 from jax import lax
 
 from hax_jax.ops import segments
+from hax_jax.ops.sorting import stable_order
 
 
 def merge_buckets(query_code, key_code, segment_ids):
     """Sorts keys and queries together by (segment, code, time).
 
-    Returns (b, 2 t) arrays in that order: times, where 2 i is the key and 2 i + 1 the query of position i,
-    then segments and codes.
+    Returns (b, 2 t) arrays: times in that order, where 2 i is the key and 2 i + 1 the query of position i,
+    and whether an entry is the first of its bucket.
     """
-    batch, length = query_code.shape
-    ids = segments.as_array(segment_ids, query_code.shape)
-    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    # A query comes right after the key of its own position.
-    time = jnp.concatenate([2 * position, 2 * position + 1], axis=1)
-    code = jnp.concatenate([key_code, query_code], axis=1)
-    segment = jnp.concatenate([ids, ids], axis=1)
-    segment, code, time = lax.sort((segment, code, time), dimension=1, num_keys=3)
-    return time, segment, code
+    code = _interleave(key_code, query_code)
+    if segment_ids is None:
+        time = stable_order(code)
+        begins = _changes(jnp.take_along_axis(code, time, axis=1))
+    else:
+        # Numbers in order of time: where rows are one list, ids of different rows must not meet.
+        segment = _interleave(*2 * (segments.numbers(segment_ids),))
+        time = stable_order(segment, code)
+        begins = _changes(*(jnp.take_along_axis(x, time, axis=1) for x in (code, segment)))
+    return time, begins
 
 
 def bucket_orders(query_code, key_code, segment_ids):
     batch, length = query_code.shape
-    time, segment, code = merge_buckets(query_code, key_code, segment_ids)
+    time, begins = merge_buckets(query_code, key_code, segment_ids)
     is_key = (time % 2 == 0).astype(jnp.int32)
     keys_before = jnp.cumsum(is_key, axis=1) - is_key
-    new_run = (segment[:, 1:] != segment[:, :-1]) | (code[:, 1:] != code[:, :-1])
-    new_run = jnp.pad(new_run, ((0, 0), (1, 0)), constant_values=True)
     # keys_before never falls, so its running maximum over run starts is its value at the last start.
-    in_run = keys_before - lax.cummax(jnp.where(new_run, keys_before, 0), axis=1)
-
-    # Sorting back by time leaves key, query, key, query, ...
-    _, in_run = lax.sort((time, in_run), dimension=1, num_keys=1)
-    by_position = in_run.reshape(batch, length, 2)
+    in_run = keys_before - lax.cummax(jnp.where(begins, keys_before, 0), axis=1)
+    row = jnp.arange(batch)[:, None]
+    by_time = jnp.zeros_like(time).at[row, time].set(in_run, unique_indices=True, mode="promise_in_bounds")
+    by_position = by_time.reshape(batch, length, 2)
     return by_position[..., 1], by_position[..., 0]
+
+
+def _interleave(keys, queries):
+    """(b, 2 t): the key, then the query of each position."""
+    return jnp.stack([keys, queries], axis=2).reshape(keys.shape[0], -1)
+
+
+def _changes(*sorted_arrays):
+    """Whether an entry of any array differs from the one before it."""
+    changed = sum((x[:, 1:] != x[:, :-1]).astype(jnp.int32) for x in sorted_arrays) > 0
+    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)

@@ -179,8 +179,8 @@ class _Part:
         own = own.reshape(heads, -1, width)[:, self.plan.key_slot]
         if carried.shape[2] == 0:
             return own
+        # Where there are no more, whatever is read belongs to no position's sum.
         rows = carried.reshape(heads, -1, width)[:, self.plan.carried_slot]
-        # Empty carried slots stand last; no position asks for their sum.
         return own + sum_of_runs(rows, self.plan.carried_key, self.plan.first_carried)
 
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# (b, t) int32; not annotated as an array, since `jax.tree.map` also builds sources of shapes and shardings, and
-# of nothing: a source without its arrays stands for its rule.
+# (b, t) int32; not annotated as an array, since `jax.tree.map` also builds sources of shapes and shardings,
+# and of nothing: a source without its arrays stands for its rule.
 PerPosition = Any
 Integers = tuple[PerPosition, ...]
 

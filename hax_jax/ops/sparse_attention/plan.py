@@ -41,8 +41,9 @@ class Plan:
       keys: (c, carried + CHUNK) positions whose keys stand in a chunk: the carried ones, then its own.
       query_slot, key_slot: (N,) where each position stands among `queries`, and among the own `keys`, both
         flattened.
-      carried_key: (c * carried,) the carried positions in ascending order, N last.
-      carried_slot: (c * carried,) where each of them stands among the carried keys, flattened.
+      carried_key: (c * carried,) the carried keys, equal ones next to each other; N where there are no more.
+      carried_slot: (c * carried,) where each of them stands among the carried keys, flattened; c * carried
+        where there are no more.
       first_carried: (N,) where each position first appears in `carried_key`; c * carried if it does not.
     """
 
@@ -57,28 +58,32 @@ class Plan:
 
 def make_plan(source: Any, segment_ids: Int[Array, "b t"]) -> Plan:
     """Lays out the positions for one source of `PLANNED`."""
-    shape = segment_ids.shape
     if isinstance(source, HashBuckets):
-        return _bucket_plan(source, segment_ids)
+        return _plan_by_bucket(source, segment_ids)
+    shape = segment_ids.shape
     num_positions = shape[0] * shape[1]
+    position = jnp.arange(num_positions, dtype=jnp.int32)
     first = segments.starts(segment_ids).at[:, 0].set(True).reshape(-1)
-    begin = lax.cummax(jnp.where(first, jnp.arange(num_positions, dtype=jnp.int32), 0))
-    chunk_begin = jnp.arange(0, num_positions, CHUNK, dtype=jnp.int32)
+    begin = lax.cummax(jnp.where(first, position, 0))
+    end = _segment_ends(first)
     if isinstance(source, SlidingWindow):
-        carried = chunk_begin[:, None] + jnp.arange(1 - source.size, 0, dtype=jnp.int32)
-        carried = jnp.where(carried >= begin[chunk_begin][:, None], carried, num_positions)
+        size, last_seen = source.size - 1, jnp.minimum(position + source.size, end)
+        column = lambda key, chunk: key - chunk * CHUNK + size  # noqa: E731
     elif isinstance(source, Sink):
-        carried = begin[chunk_begin][:, None] + jnp.arange(source.size, dtype=jnp.int32)
-        carried = jnp.where(carried < chunk_begin[:, None], carried, num_positions)
+        size, last_seen = source.size, jnp.where(position < begin + source.size, end, 0)
+        column = lambda key, chunk: key - begin[key]  # noqa: E731
     elif isinstance(source, Lifetimes):
         row_begin = shape[1] * jnp.arange(shape[0], dtype=jnp.int32)[:, None]
         expiry = (jnp.broadcast_to(source.expiry, shape) + row_begin).reshape(-1)
-        end = _segment_ends(first)
-        carried = _survivors(jnp.minimum(expiry, end), source.size)
+        size, last_seen = source.size, jnp.minimum(expiry, end)
+        column = None
     else:
         raise TypeError(f"no plan for {type(source).__name__}")
-    own = _cut(jnp.arange(num_positions, dtype=jnp.int32), num_positions)
-    return _finish(own, carried, own, num_positions)
+    # A key is carried into the chunks whose first position p has position < p < last_seen.
+    first_chunk = position // CHUNK + 1
+    count = jnp.maximum((last_seen - 1) // CHUNK - position // CHUNK, 0)
+    own = _cut(position, num_positions)
+    return _finish(own, own, position, first_chunk, count, size, column)
 
 
 def _segment_ends(first):
@@ -90,48 +95,30 @@ def _segment_ends(first):
     return lax.cummin(following, reverse=True)
 
 
-def _survivors(expiry, size):
-    """(c, size) the keys born before a chunk that live on into it, from their expiries (N,)."""
-    num_positions = expiry.shape[0]
-    num_chunks = -(-num_positions // CHUNK)
-    position = jnp.arange(num_positions, dtype=jnp.int32)
-    # A key enters the chunks whose first position p has position < p < expiry.
-    first_chunk = position // CHUNK + 1
-    count = jnp.maximum((expiry - 1) // CHUNK - position // CHUNK, 0)
-    end = jnp.cumsum(count)
-    pair = jnp.arange(num_chunks * size, dtype=jnp.int32)
-    # The owner of each pair: every key marks where its pairs begin.
-    mark = jnp.where(count > 0, end - count, pair.shape[0])
-    owner = lax.cummax(jnp.zeros_like(pair).at[mark].max(position, mode="drop"))
-    chunk = jnp.where(pair < end[-1], first_chunk[owner] + pair - (end - count)[owner], num_chunks)
-    # Stable, so that the survivors of a chunk stand in order of time.
-    chunk, owner = lax.sort((chunk, owner), num_keys=1)
-    begin = jnp.searchsorted(chunk, jnp.arange(num_chunks + 1, dtype=jnp.int32)).astype(jnp.int32)
-    slot = chunk * size + pair - begin[jnp.minimum(chunk, num_chunks)]
-    slot = jnp.where(chunk < num_chunks, slot, pair.shape[0])
-    table = jnp.full(pair.shape, num_positions, jnp.int32).at[slot].set(owner, mode="drop")
-    return table.reshape(num_chunks, size)
-
-
-def _bucket_plan(source, segment_ids):
+def _plan_by_bucket(source, segment_ids):
     """Keys and queries in one order by bucket and time; the keys a query sees are the last before it."""
     batch, length = segment_ids.shape
     num_positions = batch * length
     row_begin = length * jnp.arange(batch, dtype=jnp.int32)[:, None]
-    code = (jnp.broadcast_to(x, segment_ids.shape) for x in (source.query_code, source.key_code))
+    codes = (jnp.broadcast_to(x, segment_ids.shape) for x in (source.query_code, source.key_code))
     # The same sort as in `bucket_orders`: inside one jit, XLA does it once.
-    time, *_ = merge_buckets(*code, segment_ids)
+    time, _ = merge_buckets(*codes, segment_ids)
     is_key = (time % 2 == 0).reshape(-1)
     position = (time // 2 + row_begin).reshape(-1)
     keys_before = jnp.cumsum(is_key.astype(jnp.int32)) - is_key
     target = jnp.where(is_key, keys_before, num_positions)
+    # Keys by bucket and time: what is a key's number from here on.
     by_bucket = jnp.zeros(num_positions, jnp.int32).at[target].set(position, mode="drop")
-    chunk_begin = keys_before[::CHUNK]
-    index = chunk_begin[:, None] + jnp.arange(-source.size, 0, dtype=jnp.int32)
-    carried = jnp.where(index >= 0, by_bucket[jnp.maximum(index, 0)], num_positions)
+    # Key x is carried into the chunks that have more than x and at most x + size keys before them.
+    before_chunk = keys_before[::CHUNK]
+    histogram = jnp.zeros(num_positions + source.size + 1, jnp.int32).at[before_chunk].add(1)
+    num_chunks_up_to = jnp.cumsum(histogram)
+    first_chunk = num_chunks_up_to[:num_positions]
+    count = num_chunks_up_to[source.size : num_positions + source.size] - first_chunk
     own_queries = _cut(jnp.where(is_key, num_positions, position), num_positions)
     own_keys = _cut(jnp.where(is_key, position, num_positions), num_positions)
-    return _finish(own_queries, carried, own_keys, num_positions)
+    column = lambda key, chunk: key - before_chunk[chunk] + source.size  # noqa: E731
+    return _finish(own_queries, own_keys, by_bucket, first_chunk, count, source.size, column)
 
 
 def _cut(positions, filler):
@@ -139,27 +126,49 @@ def _cut(positions, filler):
     return jnp.pad(positions, (0, -positions.shape[0] % CHUNK), constant_values=filler).reshape(-1, CHUNK)
 
 
-def _finish(queries, carried, own, num_positions):
-    """Adds to the tables what leads back from them to the positions."""
-    place = lambda table: (  # noqa: E731
+def _finish(own_queries, own_keys, position_of, first_chunk, count, size, column):
+    """Builds the plan in which key x, at `position_of[x]`, is carried into `count[x]` chunks from its first.
+
+    `column(x, chunk)` is its place among the `size` carried ones there; with None, any free one.
+    """
+    num_positions, num_chunks = position_of.shape[0], own_keys.shape[0]
+    num_pairs = num_chunks * size
+    end = jnp.cumsum(count)
+    begin = end - count
+    # Pairs (key, chunk) in order of the keys: every key marks where its pairs begin.
+    pair = jnp.arange(num_pairs, dtype=jnp.int32)
+    mark = jnp.where(count > 0, begin, num_pairs)
+    key = (
+        jnp.zeros(num_pairs, jnp.int32).at[mark].set(jnp.arange(num_positions, dtype=jnp.int32), mode="drop")
+    )
+    key = lax.cummax(key)
+    exists = pair < end[-1]
+    chunk = jnp.where(exists, (first_chunk - begin)[key] + pair, num_chunks)
+    place = column(key, jnp.minimum(chunk, num_chunks - 1)) if column else _number_within(chunk, num_chunks)
+    slot = jnp.where(exists, chunk * size + place, num_pairs)
+    position = jnp.where(exists, position_of[key], num_positions)
+    carried = jnp.full(num_pairs, num_positions, jnp.int32).at[slot].set(position, mode="drop")
+    first_carried = jnp.zeros(num_positions, jnp.int32).at[position_of].set(mark, mode="drop")
+    where = lambda table: (  # noqa: E731
         jnp.zeros(num_positions, jnp.int32)
         .at[table.reshape(-1)]
         .set(jnp.arange(table.size, dtype=jnp.int32), mode="drop")
     )
-    slot = jnp.arange(carried.size, dtype=jnp.int32)
-    carried_key, carried_slot = lax.sort((carried.reshape(-1), slot), num_keys=1)
-    leads = jnp.pad(carried_key[1:] != carried_key[:-1], (1, 0), constant_values=True)
-    first_carried = (
-        jnp.full(num_positions, carried.size, jnp.int32)
-        .at[jnp.where(leads, carried_key, num_positions)]
-        .set(slot, mode="drop")
-    )
     return Plan(
-        queries=queries,
-        keys=jnp.concatenate([carried, own], axis=1),
-        query_slot=place(queries),
-        key_slot=place(own),
-        carried_key=carried_key,
-        carried_slot=carried_slot,
+        queries=own_queries,
+        keys=jnp.concatenate([carried.reshape(num_chunks, size), own_keys], axis=1),
+        query_slot=where(own_queries),
+        key_slot=where(own_keys),
+        carried_key=jnp.where(exists, key, num_positions),
+        carried_slot=slot,
         first_carried=first_carried,
     )
+
+
+def _number_within(chunk, num_chunks):
+    """(p,) numbers the pairs of each chunk from 0, in their order."""
+    pair = jnp.arange(chunk.shape[0], dtype=jnp.int32)
+    chunk_sorted, order = lax.sort((chunk, pair), num_keys=1)
+    size_of = jnp.zeros(num_chunks + 1, jnp.int32).at[chunk].add(1)
+    begin = jnp.cumsum(size_of) - size_of
+    return jnp.zeros_like(chunk).at[order].set(pair - begin[chunk_sorted], unique_indices=True)

@@ -1,0 +1,115 @@
+"""A Mosaic GPU kernel for integers that compare each position with all others of its segment.
+
+Counting in pairs is quadratic, yet for rows of a few thousand one launch of it costs a tenth of the sorts and
+scans that are linear: a position is a lane, what it compares itself with is broadcast from shared memory, and
+segments bound the loop.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hax_jax.ops import dispatch, segments
+
+# How tests on a CPU run the kernel: Pallas' interpreter's settings, or None to compile it.
+interpret: Any = None
+
+# Rows up to this length; beyond, sorts cost less.
+MAX_LENGTH = 4096
+LANES = 128
+UNROLL = 8
+
+
+def pays(shape) -> bool:
+    """Whether the kernel can run and is the fastest form for rows (b, t)."""
+    return shape[1] <= MAX_LENGTH and (interpret is not None or dispatch.has_mosaic_gpu())
+
+
+def check(op: str, shape) -> None:
+    """Raises ValueError where the kernel cannot run."""
+    if interpret is None and not dispatch.has_mosaic_gpu():
+        raise ValueError(
+            f"`implementation` 'mosaic_gpu' of {op} needs a Hopper GPU or a newer one; use 'xla', or None"
+        )
+
+
+def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past_only=False):
+    """Runs a loop over the positions of each position's segment.
+
+    Args:
+      step: step(other, position, values, mine, state, together) -> state, elementwise over int32 vectors of
+        positions. `other` is the position that is looked at and `values` its integers, scalars; `position`
+        and `mine` are those of the looking positions, `together` says which share the other's segment.
+      own: integers of the looking positions, (b, t) int32 each.
+      others: integers of the positions looked at, (b, t) int32 each.
+      initial: the state at the start, one int for each result.
+      segment_ids: (b, t), or None for one segment a row.
+      shape: (b, t).
+      past_only: whether positions after the looking one make no difference, so that they can be left out.
+
+    Returns:
+      The state after all positions of the segment, (b, t) int32 each.
+    """
+    batch, length = shape
+    ids = segments.as_array(segment_ids, shape)
+    number = segments.numbers(ids)
+    blocks = -(-length // LANES)
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
+    begin = lax.cummax(jnp.where(segments.starts(ids), position, 0), axis=1)
+    after = jnp.pad(segments.starts(ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    end = lax.cummin(jnp.where(after, position + 1, length), axis=1, reverse=True)
+    last = jnp.minimum(jnp.arange(1, blocks + 1) * LANES, length) - 1
+    # The blocks that hold the segments of a block's positions.
+    bounds = jnp.stack([begin[:, ::LANES] // LANES, (end[:, last] - 1) // LANES], axis=2)
+
+    def cut(arrays):
+        padded = (jnp.pad(x, ((0, 0), (0, -length % LANES)), constant_values=-1) for x in arrays)
+        return jnp.stack([x.reshape(batch, blocks, LANES) for x in padded], axis=1)
+
+    own, others = cut((number, *own)), cut((number, *others))
+    num_own, num_others = own.shape[1], others.shape[1]
+
+    def body(own_ref, others_ref, bounds_ref, out_ref, others_sm, arrived):
+        row, block = lax.axis_index("row"), lax.axis_index("block")
+        plgpu.copy_gmem_to_smem(others_ref.at[row], others_sm, arrived)
+        mine = [_lanes(own_ref, (row, x, block)) for x in range(num_own)]
+        lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LAYOUT)
+        here = block * LANES + lane
+        state = tuple(plgpu.layout_cast(jnp.full((LANES,), x, jnp.int32), _LAYOUT) for x in initial)
+        first = bounds_ref[row, block, 0]
+        final = block if past_only else bounds_ref[row, block, 1]
+        plgpu.barrier_wait(arrived)
+
+        def look(step_of_loop, state):
+            for offset in range(UNROLL):
+                index = step_of_loop * UNROLL + offset
+                values = [others_sm[x, index // LANES, index % LANES] for x in range(num_others)]
+                together = mine[0] == values[0]
+                state = step(index, here, values[1:], mine[1:], state, together)
+            return state
+
+        per_block = LANES // UNROLL
+        state = lax.fori_loop(first * per_block, (final + 1) * per_block, look, state)
+        for x, result in enumerate(state):
+            out_ref[row, x, block] = result
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((batch, len(initial), blocks, LANES), jnp.int32),
+        scratch_types=[plgpu.SMEM((num_others, blocks, LANES), jnp.int32), plgpu.Barrier()],
+        grid=(batch, blocks),
+        grid_names=("row", "block"),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    out = kernel(own, others, bounds)
+    return tuple(out[:, x].reshape(batch, -1)[:, :length] for x in range(len(initial)))
+
+
+_LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+
+
+def _lanes(ref, index):
+    return plgpu.load(ref.at[index], layout=_LAYOUT, optimized=False)
