@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 # XLA sorts short rows in one kernel whatever the number of keys. Long ones by one key after the other: a pair
 # of key and value is what its GPU library's radix sort takes, many times faster than a comparison sort.
 MIN_LENGTH_OF_RADIX = 4096
 
 
-def stable_order(*keys: Int[Array, "b t"]) -> Int[Array, "b t"]:
+def stable_order(*keys: Integer[Array, "b t"]) -> Int[Array, "b t"]:
     """The positions of each row in order of their keys, the first key first, ties in order of position.
 
     Args:
