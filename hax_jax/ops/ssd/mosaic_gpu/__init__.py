@@ -102,9 +102,9 @@ def _backward(tiles, residuals, cotangents):
         x, dy_planes, B, C, before, after, cum, by_chunk, enter, leave, run, tiles
     )
 
-    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the state a chunk
-    # leaves grows with the exponential of its last cum: what it kept of the state before, and what it added.
-    # The last is summed from `left`, so that it cancels what `direct` holds of it.
+    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the state a
+    # chunk leaves grows with the exponential of its last cum: what it kept of the state before, and what it
+    # added. The last is summed from `left`, so that it cancels what `direct` holds of it.
     by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
     grown = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - by_chunk * direct
     grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))

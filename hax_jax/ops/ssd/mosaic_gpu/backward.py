@@ -34,9 +34,9 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
     x and dy (planes, b, t, h p), B and C (planes, b, t, g n), before and after (planes, b, c, h p, n) as
     bfloat16 planes; cum, dt, enter and leave (b, c, h, 64), run (b, c, 64) float32.
 
-    Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), the part of dt's gradient that does
-    not come through the decay (b, c, h, 64), and what of it comes from the state that the chunk leaves; all
-    but dx are float32.
+    Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), the part of dt's gradient that
+    does not come through the decay (b, c, h, 64), and what of it comes from the state that the chunk leaves;
+    all but dx are float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
@@ -68,14 +68,18 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
 
         S = jnp.where(seen, pl.run_scoped(scores, plgpu.ACC(SQUARE, jnp.float32)), 0.0)
         dS = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), plgpu.Layout.WGMMA)
-        for head in range(block):
-            index = k * block + head
+
+        def one_head(head, dS):
+            here, index = pl.ds(head * p, p), k * block + head
             per_head = [ref.at[index] for ref in (cum_ref, dt_ref, leave_ref)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
-            dx, direct, left, dS = _head(S, dS, pl.ds(head * p, p), of_head, tiles)
-            dx_sm[:, pl.ds(head * p, p)] = dx.astype(dx_type)
+            dx, direct, left, dS = _head(S, dS, here, of_head, tiles)
+            dx_sm[:, here] = dx.astype(dx_type)
             direct_ref[b, c, index] = direct
             left_ref[b, c, index] = left
+            return dS
+
+        dS = lax.fori_loop(0, block, one_head, dS, unroll=tiles.unroll)
         dS = split(jnp.where(seen, dS, 0.0), planes)
         for plane in range(planes):
             dS_sm[plane] = dS[plane]

@@ -51,11 +51,13 @@ def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
             return acc[...]
 
         S = jnp.where(seen, pl.run_scoped(scores, plgpu.ACC((CHUNK, CHUNK), jnp.float32)), 0.0)
-        for head in range(block):
+
+        def one_head(head, _):
+            here = pl.ds(head * p, p)
             vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, dt_ref, enter_ref)]
-            y_sm[:, pl.ds(head * p, p)] = _head(
-                S, pl.ds(head * p, p), (x_sm, C_sm, before_sm, *vectors), tiles
-            )
+            y_sm[:, here] = _head(S, here, (x_sm, C_sm, before_sm, *vectors), tiles)
+
+        lax.fori_loop(0, block, one_head, None, unroll=tiles.unroll)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(y_sm, y_ref.at[b, time, columns])
         plgpu.wait_smem_to_gmem(0)

@@ -25,6 +25,7 @@ class Tiles:
       heads: heads of one program; all share one group.
       heads_per_group: heads that share B and C.
       planes: bfloat16 terms that stand for a matmul input: 1 for bfloat16, 3 for float32.
+      unroll: heads whose instructions are written one after the other.
     """
 
     head_dim: int
@@ -32,6 +33,7 @@ class Tiles:
     heads: int
     heads_per_group: int
     planes: int
+    unroll: int = 1
 
     @property
     def swizzle(self) -> int:
