@@ -40,11 +40,12 @@ class StateDictError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter: its name here and there, its shape here, and the two changes of layout."""
+    """One parameter: its name here and there, its shape and dtype here, and the two changes of layout."""
 
     name: str
     original_name: str
     shape: tuple[int, ...]
+    dtype: np.dtype
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_original: Callable[[np.ndarray], np.ndarray]
 
@@ -65,24 +66,25 @@ def entries(model: LanguageModel) -> tuple[Entry, ...]:
     """All trainable parameters of a `LanguageModel` with their counterparts in the original."""
     _, params, _ = split_model(model)
     samba = model.config.arch == "samba"
-    return tuple(_entry(name, value.shape, samba) for name, value in params.items())
+    return tuple(_entry(name, value.shape, np.dtype(value.dtype), samba) for name, value in params.items())
 
 
-def _entry(name: str, shape: tuple[int, ...], samba: bool) -> Entry:
+def _entry(name: str, shape: tuple[int, ...], dtype: np.dtype, samba: bool) -> Entry:
     original = name
     for pattern, replacement in (*_RENAMES, *(_SAMBA_RENAMES if samba else ())):
         original = re.sub(pattern, replacement, original)
     if name.endswith(".kernel"):
-        return Entry(name, original, shape, _transpose, _transpose)
+        return Entry(name, original, shape, dtype, _transpose, _transpose)
     if name.endswith(".conv.weight"):
         return Entry(
             name,
             original,
             shape,
+            dtype,
             lambda x: np.ascontiguousarray(x[:, 0].T),
             lambda x: np.ascontiguousarray(x.T[:, None]),
         )
-    return Entry(name, original, shape, _same, _same)
+    return Entry(name, original, shape, dtype, _same, _same)
 
 
 def load_state_dict(model: LanguageModel, state_dict: Arrays) -> None:
@@ -91,6 +93,15 @@ def load_state_dict(model: LanguageModel, state_dict: Arrays) -> None:
     Raises:
       StateDictError: entries are missing, extra or of another shape, all of them named; nothing is changed.
     """
+    check_fits(model, state_dict)
+    variables = _variables(model)
+    for entry in entries(model):
+        variable = variables[entry.name]
+        variable[...] = jnp.asarray(entry.to_ours(np.asarray(state_dict[entry.original_name])), entry.dtype)
+
+
+def check_fits(model: LanguageModel, state_dict: Arrays) -> None:
+    """Raises StateDictError, naming all of them, if entries are missing, extra or of another shape."""
     known = entries(model)
     names = {entry.original_name for entry in known}
     problems = [f"missing {name}" for name in sorted(names - set(state_dict))]
@@ -106,11 +117,6 @@ def load_state_dict(model: LanguageModel, state_dict: Arrays) -> None:
             f"the state dict does not fit the model: {'; '.join(problems)}; "
             "check the model's sizes and sources"
         )
-    variables = _variables(model)
-    for entry in known:
-        variable = variables[entry.name]
-        dtype = variable[...].dtype
-        variable[...] = jnp.asarray(entry.to_ours(np.asarray(state_dict[entry.original_name])), dtype)
 
 
 def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
