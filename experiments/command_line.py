@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -99,8 +100,9 @@ def _check_config_given(arguments: Sequence[str]) -> None:
         raise ConfigError("--config", CONFIG_FILE, None, f"for example {EXAMPLE}")
     filename = _value_of("config", arguments)
     path = pathlib.Path(filename.partition(":")[0])
-    if filename and not path.is_file():
-        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+    # These answer False, where a path's own methods raise, also for names that no file can have.
+    if filename and not os.path.isfile(path):
+        folder = path.parent if os.path.isdir(path.parent) else pathlib.Path("configs")
         near = _nearest(str(path), sorted(map(str, folder.glob("*.py"))))
         hint = f"did you mean {near}?" if near else f"for example {EXAMPLE}"
         raise ConfigError("--config", CONFIG_FILE, filename, f"there is no such file; {hint}")

@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: dict[str, Any]) -> None:
+    for name in ("split", "checkpoint"):
+        # argparse makes a list of `--split=--`.
+        if not isinstance(options[name], str):
+            raise ConfigError(f"--{name}", "a name", options[name], "see --help")
     if options["split"] not in ("valid", "test"):
         raise ConfigError("--split", "valid or test", options["split"], "the training items have no end")
     if options["batch_size"] is not None and options["batch_size"] < 1:

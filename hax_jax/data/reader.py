@@ -106,7 +106,8 @@ def read_manifest(directory: pathlib.Path | str) -> Manifest:
             problem, aim = "its creation has not finished", "again to go on"
         command = f"python experiments/create_dataset.py --data_dir={directory}"
         raise DatasetError(directory, problem, f"run `{command}` {aim}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    # Not UTF-8, or a null byte in the path, is a ValueError.
+    except (OSError, ValueError) as error:
         raise DatasetError(directory, f"{MANIFEST} cannot be read ({error})") from error
     try:
         return parse_manifest(directory, json.loads(text))

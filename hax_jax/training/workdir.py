@@ -72,9 +72,13 @@ class RunFolder:
             make_folders(self.path)
             if self._is_primary:
                 self._lock()
-        except OSError as error:
+        except ConfigError:
+            raise
+        # A path with a null byte is a ValueError.
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", error)
             raise ConfigError(
-                "workdir", "a folder that can be written", str(self.path), f"{error.strerror}; choose another"
+                "workdir", "a folder that can be written", str(self.path), f"{why}; choose another"
             ) from error
         try:
             self._check()

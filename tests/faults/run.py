@@ -3,10 +3,13 @@
     python tests/faults/run.py kills --form=plain --trials=100
     python tests/faults/run.py power --form=plain --trials=1000
     python tests/faults/run.py damage --trials=10000
+    python tests/faults/run.py commands --trials=1000
+    python tests/faults/run.py devices
 
 `kills` ends runs by kill -9 at random moments and holds what comes of them to an undisturbed run, bit for
 bit; `power` does the same to states of the disk after an outage, with torn and reordered writes; `damage`
-spoils checkpoints and reads them. Counts add up over calls; failures are kept with what led to them, and the
+spoils checkpoints and reads them; `commands` mutates command lines and config files; `devices` compares runs
+on 1, 2 and 8 simulated devices. Counts add up over calls; failures are kept with what led to them, and the
 exit status is 1. --seed repeats the draws of an earlier call (the moments of kills depend on the machine's
 speed all the same).
 """
@@ -27,10 +30,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/hax_jax_faul
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-from tests.faults import damage, kills, power, report
+from hax_jax.training.environment import describe
+from hax_jax.training.files import write_json
+from tests.faults import commands, damage, devices, kills, power, report
 from tests.faults.forms import FORMS
 
-KINDS = ("kills", "power", "damage")
+KINDS = ("kills", "power", "damage", "commands", "devices")
 
 
 def main() -> int:
@@ -59,9 +64,24 @@ def main() -> int:
             for form in options.form or FORMS
             if FORMS[form].devices == 1
         }
+    elif options.kind == "devices":
+        return _devices(options.report, cache)
     else:
-        tries = {"checkpoints": lambda: damage.try_damage(*limits)}
+        attempt = {"damage": damage.try_damage, "commands": commands.try_commands}[options.kind]
+        tries = {"all": lambda: attempt(*limits)}
     return 1 if sum(_count(form, attempt, options) for form, attempt in tries.items()) else 0
+
+
+def _devices(folder: pathlib.Path, cache: pathlib.Path) -> int:
+    with tempfile.TemporaryDirectory() as temporary:
+        found = devices.compare(pathlib.Path(temporary), cache)
+    failed = [x for x in found.values() if max(x["loss"], x["parameter"]) > devices.TOLERANCE]
+    write_json(
+        folder / "devices.json",
+        {"tolerance": devices.TOLERANCE, "steps": 50, "from_1_device": found, **describe()},
+    )
+    print(f"devices: {len(failed)} of {len(found)} comparisons beyond {devices.TOLERANCE:g}", flush=True)
+    return 1 if failed else 0
 
 
 def _count(form: str, attempt: Callable[[], Any], options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 # Of each call of the harness no more failures than this are kept in full.
-_MOST_KEPT = 20
+_MOST_KEPT = 40
 
 
 @dataclasses.dataclass
