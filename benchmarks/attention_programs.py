@@ -98,7 +98,7 @@ def program(contender: str, shape: AttentionShape, direction: str) -> Program:
         return _layer_program(contender, shape, direction)
     if contender == CUDNN:
         function: Callable[..., Any] = full_attention
-        take = lambda x: (x.q, x.k, x.v)  # noqa: E731
+        take: Callable[[Inputs], tuple] = lambda x: (x.q, x.k, x.v)  # noqa: E731
         out_dtype = jnp.dtype(jnp.bfloat16)
     else:
         function = functools.partial(
@@ -126,7 +126,7 @@ def _with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 def _layer_program(name: str, shape: AttentionShape, direction: str) -> Program:
     """A layer in training: output and gate loss, and the gradients of its parameters and of its input."""
     layer, width = _layer(name, shape)
-    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+    graphdef, *(params, rest) = nnx.split(layer, nnx.Param, ...)
 
     def forward(params, rest, x, noise):
         module = nnx.merge(graphdef, params, rest)

@@ -54,15 +54,15 @@ def run(
                 name = waiting.popleft()
                 twice = [f"--breakdown={name}"] if name in breakdown else []
                 # A file, since a full pipe would stop the process.
-                output = files.enter_context(tempfile.TemporaryFile("w+"))
+                output: IO[str] = files.enter_context(tempfile.TemporaryFile("w+"))
                 arguments = [*command, f"--configs={name}", *twice]
                 process = subprocess.Popen(arguments, env=environment, stdout=output, stderr=output)
                 running[name] = process, output
-            for name, (process, output) in list(running.items()):
+            for name, (process, said) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    output.seek(0)
-                    _take(name, process.returncode, output.read().strip().splitlines(), done)
+                    said.seek(0)
+                    _take(name, process.returncode, said.read().strip().splitlines(), done)
             time.sleep(0.2)
         for process, _ in running.values():
             process.terminate()

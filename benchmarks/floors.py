@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.specs import AttentionShape
+from benchmarks.specs import AttentionShape, SelectiveScanShape, SSDShape
 from hax_jax.config import Experiment, ModelConfig
 
 BFLOAT16, FLOAT32 = 2, 4
@@ -67,6 +67,22 @@ def attention(
     # As one program: q, k, v and the output's gradient come in; the output and three gradients go out.
     gradients = tokens * (2 * n + e) * BFLOAT16
     return Work(inputs + 2 * outputs + gradients, flops + 2 * (3 * n + 2 * e) * pairs)
+
+
+def selective_scan(shape: SelectiveScanShape, *, backward: bool) -> Work:
+    """Mamba-1's recurrence as one program: x, dt, B, C and y bfloat16. Its arithmetic is no matmul."""
+    e, n = shape.channels, shape.state
+    inputs, outputs = BFLOAT16 * (2 * e + 2 * n), BFLOAT16 * e
+    return (shape.batch * shape.length) * Work((2 if backward else 1) * (inputs + outputs))
+
+
+def ssd(shape: SSDShape, *, backward: bool) -> Work:
+    """Mamba-2's chunked form as one program: x, dt, B, C and y bfloat16, matmuls over half a chunk."""
+    e, group = shape.heads * shape.head_width, shape.groups * shape.state
+    inputs, outputs = BFLOAT16 * (e + shape.heads + 2 * group), BFLOAT16 * e
+    flops = shape.chunk_size * (group + e) + 4 * e * shape.state
+    factor = 2 if backward else 1
+    return (shape.batch * shape.length) * Work(factor * (inputs + outputs), (3 if backward else 1) * flops)
 
 
 def step(experiment: Experiment, positions: float, num_parameters: int) -> dict[str, Work]:

@@ -76,8 +76,8 @@ def of_program(hlo: str) -> dict[str, str]:
                 parts[name] = part_of(named[1])
                 inside[computation][parts[name]] += 1
             else:
-                called = _CALLS.search(line)
-                unnamed[name] = called[1] if called else None
+                calls = _CALLS.search(line)
+                unnamed[name] = calls[1] if calls else None
         elif match := _COMPUTATION.match(line):
             computation = match[1]
     for name, called in unnamed.items():
@@ -92,9 +92,9 @@ def breakdown(events: Sequence[Event], parts: Mapping[str, str], calls: int) -> 
     """Seconds and kernels a call by part, largest first, and the kernels whose part is unknown by name."""
     # A kernel is named after its instruction, with everything but letters and digits turned into '_'.
     by_kernel = {_kernel_name(name): part for name, part in parts.items()}
-    seconds: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
     kernels: collections.Counter[str] = collections.Counter()
-    unknown: collections.Counter[str] = collections.Counter()
+    unknown: dict[str, float] = collections.defaultdict(float)
     for event in events:
         part = parts.get(event.op or "") or by_kernel.get(_kernel_name(event.name))
         if part is None:
@@ -105,18 +105,22 @@ def breakdown(events: Sequence[Event], parts: Mapping[str, str], calls: int) -> 
     return {
         "parts": {
             name: {"seconds": value / calls, "kernels": kernels[name] / calls}
-            for name, value in seconds.most_common()
+            for name, value in _largest(seconds)
         },
-        "unnamed": {name: value / calls for name, value in unknown.most_common(12)},
+        "unnamed": {name: value / calls for name, value in _largest(unknown)[:12]},
     }
 
 
 def longest(events: Iterable[Event], calls: int, count: int = 12) -> dict[str, float]:
     """The kernels that take longest in all, in seconds a call."""
-    seconds: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
     for event in events:
         seconds[event.op or event.name[:80]] += event.seconds
-    return {name: value / calls for name, value in seconds.most_common(count)}
+    return {name: value / calls for name, value in _largest(seconds)[:count]}
+
+
+def _largest(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(values.items(), key=lambda item: -item[1])
 
 
 def _kernel_name(name: str) -> str:

@@ -34,7 +34,7 @@ class Record:
         note: str | None = None,
     ):
         self.path, self._begin = path, time.perf_counter()
-        self.content = read(path, suite) if add and path.exists() else {
+        self.content: dict[str, Any] = read(path, suite) if add and path.exists() else {
             "format_version": FORMAT_VERSION, "suite": suite, "sessions": [], "measurements": [],
         }
         started = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()

@@ -12,6 +12,7 @@ Exit status: 0 done, 2 bad input, said in one line.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -81,6 +82,8 @@ def _run(options) -> None:
 
         attention.run(record(), attention.Options(options.seconds, only, options.tiny, plan))
     elif options.suite == "scans":
+        # PyTorch's kernels run in the same process and need memory of their own.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
         from benchmarks import scans
 
         scans.run(record(), scans.Options(options.seconds, only, options.tiny, plan))

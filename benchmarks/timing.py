@@ -31,8 +31,13 @@ class Plan:
 MOST_CALLS = 200
 
 
-def measure(call: Callable[..., Any], inputs: Sequence[tuple], plan: Plan) -> dict[str, Any]:
-    """Times `call(*inputs[i])`, i going round, device work included.
+def measure(
+    call: Callable[..., Any],
+    inputs: Sequence[tuple],
+    plan: Plan,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> dict[str, Any]:
+    """Times `call(*inputs[i])`, i going round, device work included; `wait` waits for a call's result.
 
     Calls of one sample are dispatched without waiting in between, as a program would do it: where a call is
     shorter than its dispatch, it is the dispatch that is measured.
@@ -47,7 +52,7 @@ def measure(call: Callable[..., Any], inputs: Sequence[tuple], plan: Plan) -> di
         begin = time.perf_counter()
         for _ in range(calls):
             result = call(*next(turns))
-        jax.block_until_ready(result)
+        wait(result)
         return (time.perf_counter() - begin) / calls
 
     first_call = sample(1)

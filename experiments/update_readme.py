@@ -1,4 +1,4 @@
-"""Writes the README's results from the committed JSON files under results/; nobody types a number.
+"""Writes the numbers of README.md and docs/performance.md from the JSON under results/; nobody types one.
 
     python experiments/update_readme.py            # rewrites what stands between the markers
     python experiments/update_readme.py --check    # changes nothing; exit status 1 if it is out of date
@@ -16,12 +16,14 @@ from typing import Any
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from experiments import results
+from experiments import benchmark_tables, results
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training.files import write_atomically
 from hax_jax.training.progress import duration
 
+FILES = ("README.md", "docs/performance.md")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BENCHMARKS = "benchmarks"
 REMEDY = "run: python experiments/update_readme.py"
 _COLUMNS = ("run", "test accuracy", "paper", "steps", "parameters", "device", "steps/s", "tokens/s", "time")
 
@@ -32,30 +34,47 @@ def main(argv: Sequence[str], root: pathlib.Path = results.CHECKOUT) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, say whether it is up to date")
     try:
         options = parser.parse_args(argv[1:])
-        readme = root / "README.md"
-        before = _read(readme)
-        after = fill(before, section(root))
+        texts = {name: _read(root, name) for name in FILES}
+        changed = {name: new for name, (old, new) in _filled(root, texts).items() if new != old}
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if after == before:
-        print("README.md is up to date")
+    if not changed:
+        print(f"{FILES[0]} is up to date")
         return 0
     if options.check:
-        print(f"README.md is out of date; {REMEDY}", file=sys.stderr)
+        print(f"{', '.join(changed)} out of date; {REMEDY}", file=sys.stderr)
         return 1
-    write_atomically(readme, after.encode())
-    print("README.md: results rewritten")
+    for name, text in changed.items():
+        write_atomically(root / name, text.encode())
+        print(f"{name}: results rewritten")
     return 0
 
 
-def fill(text: str, content: str) -> str:
+def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Each file's text as it is and as it should be; a file that is not there, as one may lack, stays so."""
+    readme, performance = FILES
+    filled = fill(texts[readme], section(root))
+    measured = benchmark_tables.section(root)
+    if measured is not None or f"<!-- {BENCHMARKS}:begin -->" in filled:
+        filled = fill(filled, measured or "\nNo benchmarks yet.\n", BENCHMARKS)
+    result = {readme: (texts[readme], filled)}
+    if text := texts[performance]:
+        filled = fill(text, benchmark_tables.floor_section(), "floors", performance)
+        parts = benchmark_tables.breakdown_section(root) or "\nNot measured yet.\n"
+        result[performance] = text, fill(filled, parts, "breakdown", performance)
+    return result
+
+
+def fill(text: str, content: str, name: str = "results", file: str = "README.md") -> str:
     """`text` with `content` between its two markers; raises ConfigError unless there is one pair of them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before or END in after:
-        raise ConfigError("README.md", f"a text with one {BEGIN} and one {END} below", None, "restore them")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    begin_marker, end_marker = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
+    if not (begin and end) or begin_marker in rest or end_marker in before or end_marker in after:
+        expected = f"a text with one {begin_marker} and one {end_marker} below"
+        raise ConfigError(file, expected, None, "restore them")
+    return f"{before}{begin_marker}\n{content}\n{end_marker}{after}"
 
 
 def section(root: pathlib.Path) -> str:
@@ -71,11 +90,14 @@ def section(root: pathlib.Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(root: pathlib.Path, name: str) -> str:
+    path = root / name
+    if name != FILES[0] and not path.exists():
+        return ""
     try:
         return path.read_text()
     except (OSError, ValueError) as error:
-        raise ConfigError("README.md", "a readable file", str(path), str(error)) from error
+        raise ConfigError(name, "a readable file", str(path), str(error)) from error
 
 
 def _row(cells: Sequence[str]) -> str:

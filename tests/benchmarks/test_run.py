@@ -1,0 +1,138 @@
+"""The command line, each suite once on small shapes, and inputs that are what they are called."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import attention, attention_inputs, specs
+from benchmarks import run as command
+from benchmarks.attention_programs import AUTO, visible_keys
+from benchmarks.record import read
+from experiments import plot_benchmarks, update_readme
+from experiments.benchmark_tables import Measured
+
+SHAPE = specs.TINY_LONG[-1]
+
+
+def run(*arguments) -> int:
+    return command.main(["run.py", *arguments])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The attention suite's measurements of one form, and of what is not there on a CPU."""
+    path = tmp_path_factory.mktemp("benchmarks") / "attention.json"
+    assert run("attention", "--tiny", f"--out={path}", "--only=128,xla,forward_backward") == 0
+    assert run("attention", "--tiny", f"--out={path}", "--only=64/random,cudnn,backward", "--add") == 0
+    return path
+
+
+def test_attention_measures_time_memory_and_floor(measured):
+    content = read(measured, "attention")
+    by_id = {m["id"]: m for m in content["measurements"]}
+    one = by_id["128/random/xla/forward_backward"]
+    assert one["time"]["seconds"] > 0 and len(one["time"]["repeats"]["median"]) == 2
+    assert one["memory"]["program"]["peak"] > one["memory"]["program"]["arguments"] > 0
+    assert one["share_of_floor"] > 0 and one["floor"]["bytes"] > 0
+    assert one["trace"]["kernels_per_call"] > 0 and "attention" in one["trace"]["parts"]
+    assert "error" in by_id["64/random/cudnn/forward_backward"]
+    for kind in (attention_inputs.RANDOM, *attention_inputs.HURTING):
+        errors = by_id[f"128/{kind}/xla/errors"]["errors"]
+        assert max(errors.values()) < 1e-2, (kind, errors)
+    assert content["sessions"][0]["ceilings"]["copy_bytes_per_s"] > 0
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    path = tmp_path / "attention.json"
+    assert run("attention", "--tiny", f"--out={path}", "--only=64,xla,forward", "--seconds=0") == 0
+    (session,) = read(path, "attention")["sessions"]
+    assert "64/random/xla/forward" in session["left_out"]
+
+
+def test_the_readme_and_the_figure_are_made_of_it(measured, tmp_path):
+    folder = tmp_path / "results" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "attention.json").write_bytes(measured.read_bytes())
+    begin, end = update_readme.BEGIN, update_readme.END
+    speed = "<!-- benchmarks:begin -->\n<!-- benchmarks:end -->"
+    (tmp_path / "README.md").write_text(f"{begin}\n{end}\n{speed}\n")
+    assert plot_benchmarks.main(["plot_benchmarks.py", str(folder / "attention.json")]) == 0
+    figure = (folder / "attention.svg").read_bytes()
+    assert plot_benchmarks.main(["plot_benchmarks.py", str(folder / "attention.json")]) == 0
+    assert (folder / "attention.svg").read_bytes() == figure
+    assert update_readme.main(["update_readme.py"], tmp_path) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| tokens | HAX, XLA, ms |" in text and "results/benchmarks/attention.svg" in text
+    assert "all keys in one bucket" in text
+    assert update_readme.main(["update_readme.py", "--check"], tmp_path) == 0
+
+
+def test_ratios_stay_within_a_session(measured):
+    found = Measured(measured, "attention")
+    same = [f"128/{kind}/xla/forward_backward" for kind in ("equal", "random")]
+    assert found.ratio(*same) == pytest.approx(found.seconds(same[0]) / found.seconds(same[1]))
+    found.by_id[same[0]]["session"] = 1
+    assert found.ratio(*same) is None
+
+
+def test_a_step_is_measured_and_taken_apart(tmp_path):
+    path = tmp_path / "step.json"
+    changes = ("--set=model.sparse_keys=8", "--label=before", "--steps=2")
+    assert run("step", "--tiny", "--configs=mamba2_lsh", f"--out={path}", *changes) == 0
+    content = read(path, "step")
+    (one,) = content["measurements"]
+    assert "error" not in one, one
+    assert one["id"] == "before/mamba2_lsh/model.sparse_keys=8"
+    assert one["tokens"] == one["positions"] == 2 * 43
+    assert one["tokens_per_s"] == pytest.approx(one["tokens"] / one["time"]["seconds"], rel=1e-3)
+    assert {"scan", "attention", "hashing", "optimizer", "data"} <= set(one["breakdown"]["parts"])
+    assert one["first_step"]["total"] > one["first_step"]["compile"] > 0
+    assert one["floor"]["total"]["seconds"] >= one["floor"]["without_pads"]["seconds"] > 0
+
+
+def test_scans_are_measured_and_absent_peers_named(tmp_path, capsys):
+    path = tmp_path / "scans.json"
+    assert run("scans", "--tiny", f"--out={path}", "--only=xla,forward_backward") == 0
+    content = read(path, "scans")
+    times = {m["id"]: m["time"]["seconds"] for m in content["measurements"]}
+    assert set(times) == {f"{op}/tiny/xla/forward_backward" for op in ("selective_scan", "ssd")}
+    said = capsys.readouterr().out
+    assert all(f"not measured: {name}" in said for name in content["sessions"][0]["absent"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("attentions",), ("step", "--configs=nothing"), ("step", "--set=a"), ("attention", "--seconds=soon")],
+)
+def test_a_bad_command_is_one_line(arguments, capsys, tmp_path):
+    out = () if arguments[0] == "attentions" else (f"--out={tmp_path / 'x.json'}",)
+    assert run(*arguments, *out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", attention_inputs.HURTING)
+def test_inputs_are_what_they_are_called(kind):
+    x = attention_inputs.make(kind, SHAPE, 3)
+    size = SHAPE.keys_per_source
+    buckets, lifetimes = visible_keys(x.q, x.k, x.scores, x.projection, size, AUTO).sources
+    codes = [np.asarray(code)[0] for code in (buckets.query_code, buckets.key_code)]
+    expiry, position = np.asarray(lifetimes.expiry)[0], np.arange(SHAPE.length)
+    if kind == "one_bucket":
+        assert len(set(codes[0]) | set(codes[1])) == 1
+    elif kind == "one_key":
+        assert set(codes[0]) == {codes[1][0]} and codes[1][0] not in codes[1][1:]
+        assert (np.asarray(buckets.query_count) == 1).all()
+        assert expiry[0] == size
+    elif kind == "rising":
+        assert (expiry == np.minimum(position + size, SHAPE.length)).all()
+    else:
+        assert (expiry[:size] == SHAPE.length).all() and (expiry[size:] <= position[size:]).all()
+
+
+def test_the_goals_come_first():
+    assert attention.cases()[0].shape.length == 16 * specs.KIBI
+    assert {case.shape.name for case in attention.cases()[:8]} == {"16K", "64K", "256K", "1M"}
+    assert len({case.identity for case in attention.cases()}) == len(attention.cases())
+    assert jax.devices()[0].platform == "cpu"
