@@ -6,7 +6,6 @@ to be good input gets as far as the model's preparation, where it is stopped and
 """
 
 import contextlib
-import dataclasses
 import io
 import os
 import pathlib
@@ -19,14 +18,13 @@ from typing import Any
 
 import pytest
 
-from experiments import create_dataset, evaluate, joint_recall
-from hax_jax.config import SOURCES, DataConfig, Experiment, ModelConfig, TrainingConfig
+from experiments import create_dataset, evaluate
+from hax_jax.config import Experiment
 from hax_jax.training import loop
 from hax_jax.training.workdir import RunFolder
 from tests.faults.damage import contents
 from tests.faults.mutations import MUTATIONS
 from tests.faults.tally import Tally, memory
-from tests.golden_data import REPOSITORY
 
 
 class Accepted(BaseException):
