@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hax_jax import ops
-from hax_jax.ops.sparse_attention import chunks
-from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks
+from hax_jax.ops.sparse_attention import chunks, mosaic_gpu
+from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks, dense
 from tests.ops import mosaic_interpreter
 from tests.ops.cases import assert_close, make_segments, normal, relative_error, rng, with_gradients
 from tests.ops.test_sparse_attention import BATCH, SOURCES, make_key_set, run
@@ -19,6 +19,11 @@ from tests.ops.test_sparse_attention import BATCH, SOURCES, make_key_set, run
 def make_inputs(length, heads, n, e, dtype):
     g = rng(14, length)
     return tuple(normal(g, BATCH, length, heads, width, dtype=dtype) for width in (n, n, e))
+
+
+def use(layout, monkeypatch):
+    """Makes 'mosaic_gpu' use 'dense' tiles or 'chunks', whatever the length."""
+    monkeypatch.setattr(mosaic_gpu, "MIN_LENGTH_OF_CHUNKS", 0 if layout == "chunks" else 1 << 30)
 
 
 @pytest.fixture
@@ -30,35 +35,76 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("names", "n", "e", "dtype", "segmented"),
+    ("layout", "names", "length", "heads", "n", "e", "dtype", "segmented", "empty_rows"),
     [
-        ("hax", 16, 64, "bfloat16", False),
-        ("hax", 8, 12, "float32", True),
-        ("window", 16, 256, "float32", False),
+        ("chunks", "hax", 40, 1, 16, 64, "bfloat16", False, "zero"),
+        ("chunks", "hax", 40, 1, 8, 12, "float32", True, "zero"),
+        ("chunks", "window", 40, 1, 16, 256, "float32", False, "zero"),
+        # Three tiles; the second holds the end of one row and the beginning of the other.
+        ("dense", "hax", 96, 1, 16, 64, "bfloat16", True, "zero"),
+        ("dense", "all", 70, 2, 8, 140, "float32", False, "uniform"),
     ],
 )
-def test_interpreted_kernels_equal_the_reference(names, n, e, dtype, segmented):
+def test_interpreted_kernels_equal_the_reference(
+    layout, names, length, heads, n, e, dtype, segmented, empty_rows, monkeypatch
+):
     """Padded features, several blocks of values, segments, both dtypes."""
-    length = 40
+    use(layout, monkeypatch)
     segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
     key_set = make_key_set(SOURCES[names], length, segment_ids)
-    inputs = make_inputs(length, 1, n, e, dtype)
-    got, want = (run(inputs, key_set, segment_ids, form) for form in ("mosaic_gpu", "reference"))
+    inputs = make_inputs(length, heads, n, e, dtype)
+    got, want = (
+        run(inputs, key_set, segment_ids, form, empty_rows=empty_rows) for form in ("mosaic_gpu", "reference")
+    )
     assert_close(got, want, dtype)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.timeout(600)
+def test_dense_tiles_with_nothing_visible_are_skipped(monkeypatch):
+    """Windows shorter than a tile: the forward pass notes the diagonal and its neighbour, nothing else."""
+    length, batch = 256, 1
+    q, k, v = (normal(rng(16, index), batch, length, 1, 16, dtype=jnp.bfloat16) for index in range(3))
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, 48)])
+    key_set = ops.KeySet((ops.SlidingWindow(9),))
+    *_, (by_query, by_key) = dense._forward(q, k, v, key_set, None, 0.2)[1]
+    for tile in range(4):
+        for visited, count in ((by_query[tile], tile + 1), (by_key[tile], 4 - tile)):
+            np.testing.assert_array_equal(visited[:count], np.arange(count) <= 1)
+
+
+def test_dense_tiles_end_where_segments_and_rows_do():
+    """The tiles that a tile looks at, from the ids, against those that share a row and a segment."""
+    for length, segmented in ((200, True), (130, False), (128, True), (1, True), (64, False)):
+        ids = make_segments(rng(17), 3, length) // (40 if length == 200 else 1)
+        ids = jnp.sort(ids, axis=1) if segmented else None
+        laid_out = dense._lay_out(ops.KeySet((ops.Full(),)), ids, (3, length))
+        group = np.arange(3)[:, None] * 10_000 + np.asarray(0 if ids is None else ids)
+        group = np.broadcast_to(group, (3, length))
+        group = np.pad(group.reshape(-1), (0, -group.size % 64), constant_values=-(10**9)).reshape(-1, 64)
+        shared = (group[:, None, :, None] == group[None, :, None, :]).any((2, 3))
+        tile = np.arange(len(group))
+        np.testing.assert_array_equal(laid_out.first_key_tile, [shared[t].argmax() for t in tile])
+        np.testing.assert_array_equal(laid_out.last_query_tile, [np.flatnonzero(shared[t])[-1] for t in tile])
+
+
 @pytest.mark.parametrize(
-    ("names", "n", "e", "dtype"),
+    ("layout", "names", "n", "e", "dtype"),
     [
-        ("hax", 32, 128, "bfloat16"),
-        ("hax", 64, 64, "float32"),
-        ("window", 16, 1024, "bfloat16"),
-        ("sink", 128, 4096, "bfloat16"),
+        ("chunks", "hax", 32, 128, "bfloat16"),
+        ("chunks", "hax", 64, 64, "float32"),
+        ("chunks", "window", 16, 1024, "bfloat16"),
+        ("chunks", "sink", 128, 4096, "bfloat16"),
+        ("dense", "hax", 32, 128, "bfloat16"),
+        ("dense", "all", 64, 64, "float32"),
+        ("dense", "full", 16, 1024, "bfloat16"),
+        ("dense", "dilated", 128, 4096, "float32"),
     ],
 )
-def test_kernels_lower_for_hopper(names, n, e, dtype, monkeypatch):
+def test_kernels_lower_for_hopper(layout, names, n, e, dtype, monkeypatch):
     """Layouts, shapes and shared memory, as far as they can be checked without a GPU."""
     monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    use(layout, monkeypatch)
     key_set = make_key_set(SOURCES[names], 200, None)
 
     def loss(inputs):
@@ -79,14 +125,10 @@ def test_calls_that_the_kernels_cannot_run(monkeypatch):
         with pytest.raises(ValueError, match="'mosaic_gpu' of sparse_attention needs a Hopper GPU"):
             call(*inputs, key_set)
     monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
-    with pytest.raises(ValueError, match="needs sources with few keys a query, got Full; use 'xla'"):
-        call(*inputs, make_key_set(SOURCES["full"], length, None))
     with pytest.raises(ValueError, match="all bfloat16 or all float32, got float32, float32, bfloat16"):
         call(*inputs[:2], inputs[2].astype(jnp.bfloat16), key_set)
     with pytest.raises(ValueError, match="at most 128 features, got 200"):
         call(*make_inputs(length, 1, 200, 12, "float32"), key_set)
-    with pytest.raises(ValueError, match="sources of at most 192 keys, got 193"):
-        call(*inputs, ops.KeySet((ops.SlidingWindow(193),)))
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -98,20 +140,31 @@ def poison_memory():
 
 
 GPU_CASES = [
-    # names, length, heads, n, e, dtype, segmented
-    ("hax", 1057, 1, 32, 128, "bfloat16", True),
-    ("hax", 1057, 1, 32, 128, "float32", True),
-    ("hash", 333, 2, 16, 256, "float32", False),
-    ("lifetimes", 129, 1, 64, 64, "bfloat16", False),
-    ("window", 1, 1, 128, 64, "float32", False),
-    ("sink", 4099, 1, 20, 100, "bfloat16", True),
-    ("hax", 200, 1, 128, 4096, "bfloat16", False),
+    # layout, names, length, heads, n, e, dtype, segmented
+    ("chunks", "hax", 1057, 1, 32, 128, "bfloat16", True),
+    ("chunks", "hax", 1057, 1, 32, 128, "float32", True),
+    ("chunks", "hash", 333, 2, 16, 256, "float32", False),
+    ("chunks", "lifetimes", 129, 1, 64, 64, "bfloat16", False),
+    ("chunks", "window", 1, 1, 128, 64, "float32", False),
+    ("chunks", "sink", 4099, 1, 20, 100, "bfloat16", True),
+    ("chunks", "hax", 200, 1, 128, 4096, "bfloat16", False),
+    ("dense", "hax", 1057, 1, 32, 128, "bfloat16", True),
+    ("dense", "hax", 1057, 1, 32, 128, "float32", False),
+    ("dense", "all", 1057, 2, 64, 64, "bfloat16", True),
+    ("dense", "full", 333, 2, 16, 256, "float32", False),
+    ("dense", "dilated", 129, 1, 20, 100, "bfloat16", True),
+    ("dense", "hash", 1, 1, 128, 64, "float32", False),
+    ("dense", "lifetimes", 200, 1, 128, 4096, "float32", True),
+    ("dense", "full", 2051, 1, 128, 320, "bfloat16", False),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("names", "length", "heads", "n", "e", "dtype", "segmented"), GPU_CASES)
-def test_kernels_equal_the_reference_on_a_gpu(names, length, heads, n, e, dtype, segmented):
+@pytest.mark.parametrize(("layout", "names", "length", "heads", "n", "e", "dtype", "segmented"), GPU_CASES)
+def test_kernels_equal_the_reference_on_a_gpu(
+    layout, names, length, heads, n, e, dtype, segmented, monkeypatch
+):
+    use(layout, monkeypatch)
     segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
     key_set = make_key_set(SOURCES[names], length, segment_ids)
     inputs = make_inputs(length, heads, n, e, dtype)

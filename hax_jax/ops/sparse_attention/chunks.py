@@ -46,17 +46,22 @@ def visible(kinds, rows, columns):
     `rows` and `columns` hold position and segment, then the integers of every kind; they broadcast.
     """
     (i, segment_i), (j, segment_j) = rows[:2], columns[:2]
-    rows, columns = rows[2:], columns[2:]
-    shown = []
-    for kind in kinds:
-        num_rows, num_columns = len(kind.rows()), len(kind.columns())
-        shown.append(kind.rule(i, j, rows[:num_rows], columns[:num_columns]))
-        rows, columns = rows[num_rows:], columns[num_columns:]
+    shown = shown_by_each(kinds, i, j, rows[2:], columns[2:])
     mask = shown[-1] & (segment_i == segment_j)
     for earlier in shown[:-1]:
         # Not `mask & ~earlier`: Mosaic GPU cannot negate booleans in registers.
         mask = jnp.where(earlier, False, mask)
     return mask
+
+
+def shown_by_each(kinds, i, j, rows, columns):
+    """What each of `kinds`, sources without their arrays, shows; integers of one kind after another."""
+    shown = []
+    for kind in kinds:
+        num_rows, num_columns = len(kind.rows()), len(kind.columns())
+        shown.append(kind.rule(i, j, rows[:num_rows], columns[:num_columns]))
+        rows, columns = rows[num_rows:], columns[num_columns:]
+    return shown
 
 
 def can_plan(key_set: KeySet) -> bool:

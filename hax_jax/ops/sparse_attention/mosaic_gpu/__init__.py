@@ -9,40 +9,42 @@ import jax.numpy as jnp
 
 from hax_jax.ops import dispatch
 from hax_jax.ops.sparse_attention import chunks
-from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks
+from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks, dense
 from hax_jax.ops.sparse_attention.mosaic_gpu.chunk_kernels import TILE
-from hax_jax.ops.sparse_attention.plan import CHUNK, PLANNED
+from hax_jax.ops.sparse_attention.plan import CHUNK
 
 # The scores of a chunk are kept in registers, which this many keys fill.
 MAX_KEYS = 256
-# Below, dense tiles of XLA cost less (measured on an H200).
-MIN_LENGTH = 2048
+# Below, dense tiles: they cost t a query, chunks a constant and many small launches.
+MIN_LENGTH_OF_CHUNKS = 2048
 
 
 def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
-    reason = _why_not(q, k, v, key_set)
+    reason = _why_not(q, k, v)
     if reason is not None:
         raise ValueError(f"`implementation` 'mosaic_gpu' of sparse_attention {reason}; use 'xla', or None")
-    return chunks.sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, tile=TILE)
+    arguments = (q, k, v, key_set, segment_ids, scale, uniform_empty_rows)
+    if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(key_set):
+        return chunks.sparse_attention(*arguments, tile=TILE)
+    return dense.sparse_attention(*arguments)
 
 
 def pays(q, k, v, key_set) -> bool:
-    """Whether the kernels can run the call and are the fastest form of it."""
-    return q.shape[1] >= MIN_LENGTH and _why_not(q, k, v, key_set) is None
+    """Whether the kernels can run the call and are the fastest form of it, as far as that is measured."""
+    return _why_not(q, k, v) is None and q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(key_set)
 
 
-def _why_not(q, k, v, key_set) -> str | None:
+def _fits_chunks(key_set) -> bool:
+    return chunks.can_plan(key_set) and all(source.size <= MAX_KEYS - CHUNK for source in key_set.sources)
+
+
+def _why_not(q, k, v) -> str | None:
     """What stands against running a call, as the end of a sentence."""
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
         return f"needs q, k and v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] > building_blocks.FEATURES[-1]:
         return f"needs q and k of at most {building_blocks.FEATURES[-1]} features, got {q.shape[-1]}"
-    for source in key_set.sources:
-        if not isinstance(source, PLANNED):
-            return f"needs sources with few keys a query, got {type(source).__name__}"
-        if source.size > MAX_KEYS - CHUNK:
-            return f"needs sources of at most {MAX_KEYS - CHUNK} keys, got {source.size}"
     if building_blocks.interpret is None and not dispatch.has_mosaic_gpu():
         return "needs a Hopper GPU or a newer one"
     return None

@@ -27,13 +27,19 @@ _ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-def product(a_sm, b_sm, shape):
-    """a b^T of the sums of parts, in float32; both (parts, rows, features) in shared memory."""
+def product(a_sm, b_sm, shape, meanwhile=None):
+    """a b^T of the sums of parts, in float32; both (parts, rows, features) in shared memory.
+
+    With `meanwhile`, the pair of the product and of what that function computes while the product runs.
+    """
 
     def multiply(acc_ref):
         for a, b in _pairs(a_sm.shape[0]):
             plgpu.wgmma(acc_ref, a_sm.at[a], b_sm.at[b].transpose((1, 0)))
-        return acc_ref[...]
+        if meanwhile is None:
+            return acc_ref[...]
+        result = meanwhile()
+        return acc_ref[...], result
 
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
@@ -54,16 +60,38 @@ def product_from_registers(a, b_sm, shape, dtype, parts):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
+def add_product_from_registers(total, a, b_sm, dtype, parts):
+    """total + a b, as `product_from_registers` has a and b."""
+    # The matrix unit cuts low bits off long sums: what float32 inputs gain by their parts it would lose here.
+    # And Pallas' interpreter has no accumulators that begin with a value.
+    if parts > 1 or interpret is not None:
+        return total + product_from_registers(a, b_sm, total.shape, dtype, parts)
+    a = a.astype(dtype)
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b_sm.at[0])
+
+    return pl.run_state(multiply)(plgpu.ACC.init(total))
+
+
 def _pairs(parts):
     """The products of parts that float32 can tell from zero, small ones first."""
     return [(a, b) for total in reversed(range(parts)) for a in range(parts) for b in [total - a] if b >= 0]
 
 
 def accumulate(step, count, shape):
-    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     if count == 1:
-        return step(0, zeros)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(count), step, zeros)
+        return step(0, zeros(shape))
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count), step, zeros(shape))
+
+
+def zeros(shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def filled_rows(count, value):
+    """A number for each row of a matrix."""
+    return plgpu.layout_cast(jnp.full((count,), value, jnp.float32), _ALONG_ROWS)
 
 
 def mask(kinds, rows, columns, shape, transposed):
@@ -90,8 +118,12 @@ def load(ref, layout, optimized=True):
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
+def load_row(ref):
+    return load(ref, _ALONG_ROWS, optimized=False)
+
+
 def load_rows(ref, count):
-    return [load(ref.at[x], _ALONG_ROWS, optimized=False) for x in range(count)]
+    return [load_row(ref.at[x]) for x in range(count)]
 
 
 def load_columns(ref, count):
