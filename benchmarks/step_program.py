@@ -13,8 +13,8 @@ from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import make_mesh, replicated
-from hax_jax.training.step import make_train_step
+from hax_jax.training.sharding import make_mesh, put_replicated, replicated
+from hax_jax.training.step import make_rated_step
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
@@ -72,13 +72,16 @@ class StepProgram:
         split = make_split(experiment.data, "train")
         self._accumulation = training.grad_accumulation_steps
         self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
-        optimizer = make_optimizer(training)
-        self._beginning = initialise.prepare(experiment, None, optimizer, mesh)
-        train_step = make_train_step(self._beginning.structure, split.materialize, optimizer, training)
-        self.steps = steps_per_dispatch(training, jax.devices()[0].platform)
+        self._beginning = initialise.prepare(experiment, None, make_optimizer(training), mesh)
+        step = make_rated_step(self._beginning.structure, split.materialize, training)
+        platform = jax.devices()[0].platform
+        self.steps = steps_per_dispatch(training, platform)
         self._update = jax.jit(
-            make_dispatch(train_step), donate_argnums=0, out_shardings=replicated(mesh)
+            make_dispatch(step, known_length=platform != "cpu"),
+            donate_argnums=0,
+            out_shardings=replicated(mesh),
         )
+        self._rate = put_replicated(mesh, np.float32(training.learning_rate))
         raws = self._raws()
         one = jax.tree.map(lambda x: x[0, 0], raws)
         tokens = jax.eval_shape(split.materialize, one).tokens
@@ -91,7 +94,7 @@ class StepProgram:
     def compile(self, options: dict[str, str] | None = None) -> None:
         """Compiles the update, with compiler options where they are given."""
         begin = time.perf_counter()
-        lowered = self._update.lower(self._beginning.shapes, self._raws(), np.int32(self.steps))
+        lowered = self._update.lower(self._beginning.shapes, self._raws(), np.int32(self.steps), self._rate)
         traced = time.perf_counter()
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
@@ -106,7 +109,7 @@ class StepProgram:
 
     def dispatch(self) -> dict[str, jax.Array]:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
-        self._state, metrics = self.compiled(self._state, self._raws(), np.int32(self.steps))
+        self._state, metrics = self.compiled(self._state, self._raws(), np.int32(self.steps), self._rate)
         return metrics
 
     def _raws(self) -> Any:
