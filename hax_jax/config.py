@@ -207,6 +207,8 @@ class DataConfig(Checked):
     data_dir: str = text("")
     # Items of the validation and of the test split for each (n_context, n_key).
     n_eval_per_pair: int = integer(100, 1, 10**6)
+    # Several items a row, in rows of at most so many positions; 0 gives every item a padded row of its own.
+    packing: int = integer(0, 0, MAX_LENGTH)
 
     @property
     def padded_length(self) -> int:
@@ -239,6 +241,13 @@ class DataConfig(Checked):
                 f"small enough for sequences of at most {MAX_LENGTH} tokens",
                 self.max_n_key,
                 f"these tables make sequences of {self.padded_length} tokens",
+            )
+        if 0 < self.packing < self.padded_length - 1:
+            raise ConfigError(
+                "data.packing",
+                f"0, or at least {self.padded_length - 1}, the positions of the longest item",
+                self.packing,
+                "an item lies whole in one row",
             )
         if "dataset" in (self.train_source, self.eval_source) and not self.data_dir:
             raise ConfigError(
@@ -313,6 +322,15 @@ class Experiment(Checked):
                 self.model.pad_token_id,
                 "leave it as it is",
             )
+        if self.data.packing and self.model.routing == "parity" and self.model.arch == "mamba2":
+            for field in ("batch_size", "eval_batch_size"):
+                if getattr(self.training, field) == 1:
+                    raise ConfigError(
+                        f"training.{field}",
+                        "at least 2 with data.packing, model.routing='parity' and model.arch='mamba2'",
+                        1,
+                        "there the original treats the pads of a single row as tokens; use data.packing=0",
+                    )
         if self.model.precision == "float64":
             raise ConfigError(
                 "model.precision",

@@ -5,6 +5,7 @@ step, where `Split.materialize` turns what the iterator yields into a `Batch`.
 """
 
 import abc
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,10 @@ import numpy as np
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.data import stream
 from hax_jax.data.batch import Batch
-from hax_jax.data.joint_recall import SPLITS
+from hax_jax.data.joint_recall import PAD, SPLITS
+from hax_jax.data.layout import RowLayout, num_positions, row_layout
 from hax_jax.data.reader import StoredSplit, check_settings, read_manifest
+from hax_jax.packing import Packing, ScoredPositions
 
 # Items are numbered in 32 bits: at batch 64 an endless stream ends after 67 million steps.
 _MOST_ITEMS = 2**32
@@ -28,12 +31,14 @@ _READ_AHEAD = 8
 RawBatch = Mapping[str, Any]
 
 
-def make_split(config: DataConfig, split: str) -> "Split":
+def make_split(config: DataConfig, split: str, row_multiple: int = 1) -> "Split":
     """The items of a split, as `config.train_source` or `config.eval_source` says.
 
     Args:
-      config: the task and where its items come from.
+      config: the task, where its items come from and whether they are packed.
       split: 'train', 'valid' or 'test'.
+      row_multiple: what the number of rows of a packed batch has to be a multiple of: the devices that
+        share them.
 
     Raises:
       ConfigError: an unknown split, or a data set made with other settings; the message names the field.
@@ -42,7 +47,9 @@ def make_split(config: DataConfig, split: str) -> "Split":
     if split not in SPLITS:
         raise ConfigError("split", f"one of {', '.join(SPLITS)}", split, "name one of these")
     source = config.train_source if split == "train" else config.eval_source
-    return _StoredItems(config, split) if source == "dataset" else _StreamItems(config, split)
+    items = _StoredItems(config, split) if source == "dataset" else _StreamItems(config, split)
+    items.row_multiple = row_multiple
+    return items
 
 
 class Split(abc.ABC):
@@ -57,6 +64,14 @@ class Split(abc.ABC):
     config: DataConfig
     split: str
     num_items: int | None
+    row_multiple: int = 1
+
+    def row_shape(self, batch_size: int) -> tuple[int, int]:
+        """Rows, and positions of a row, of a batch of so many items."""
+        if not self.config.packing:
+            return batch_size, self.config.padded_length - 1
+        layout = row_layout(self.config, batch_size, self.row_multiple)
+        return layout.rows, layout.length
 
     def iterator(
         self, batch_size: int, *, repeat: bool, drop_remainder: bool = False
@@ -79,9 +94,23 @@ class Split(abc.ABC):
         batches = _Batches(self.num_items, batch_size, repeat, drop_remainder)
         return iter(self._load(grain.MapDataset.source(batches)))
 
-    @abc.abstractmethod
+    @jax.named_scope("materialize")
     def materialize(self, raw: RawBatch) -> Batch:
-        """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted step."""
+        """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted step.
+
+        With `config.packing` the batch has to begin as one of the iterator does, at a multiple of its size.
+        """
+        index = jnp.asarray(raw["index"])
+        weight = jnp.asarray(raw["weight"])
+        n_context, n_key = stream.table_sizes(index, self.config)
+        batch = _padded(self._tokens(raw), n_context, n_key, weight, self.config)
+        if not self.config.packing:
+            return batch
+        return _packed(batch, index, row_layout(self.config, index.shape[0], self.row_multiple), self.config)
+
+    @abc.abstractmethod
+    def _tokens(self, raw: RawBatch) -> Any:
+        """The padded items (m, padded_length) of a raw batch, int32."""
 
     @abc.abstractmethod
     def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
@@ -138,9 +167,8 @@ class _StreamItems(Split):
                 "lower it",
             )
 
-    def materialize(self, raw: RawBatch) -> Batch:
-        index = jnp.asarray(raw["index"])
-        return _batch(stream.make_items(index, self.split, self.config), raw, self.config)
+    def _tokens(self, raw: RawBatch) -> Any:
+        return stream.make_items(jnp.asarray(raw["index"]), self.split, self.config)
 
     def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -157,8 +185,8 @@ class _StoredItems(Split):
         per_pair = self._stored.num_sweeps if split == "train" else config.n_eval_per_pair
         self.num_items = per_pair * config.num_pairs
 
-    def materialize(self, raw: RawBatch) -> Batch:
-        return _batch(jnp.asarray(raw["tokens"]).astype(jnp.int32), raw, self.config)
+    def _tokens(self, raw: RawBatch) -> Any:
+        return jnp.asarray(raw["tokens"]).astype(jnp.int32)
 
     def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
         def read(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,18 +197,40 @@ class _StoredItems(Split):
         )
 
 
-@jax.named_scope("materialize")
-def _batch(tokens: Any, raw: RawBatch, config: DataConfig) -> Batch:
-    """Splits padded items (b, padded_length) into input and target, with the masks that follow from sizes."""
-    n_context, n_key = stream.table_sizes(jnp.asarray(raw["index"]), config)
-    weight = jnp.asarray(raw["weight"])
-    score_mask, padding_mask = stream.masks(n_context, n_key, config.padded_length - 1)
+def _padded(tokens: Any, n_context: Any, n_key: Any, weight: Any, config: DataConfig) -> Batch:
+    """Splits padded items (m, padded_length) into input and target, with all that follows from sizes."""
+    position = jnp.arange(config.padded_length - 1, dtype=jnp.int32)[None]
+    counts = weight[:, None] > 0
+    place = jnp.where(counts, stream.scored_places(position, n_context[:, None], n_key[:, None]), -1)
+    scored = stream.scored_positions(n_context, n_key, config.max_n_context * config.max_n_key)
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        score_mask=score_mask & (weight[:, None] > 0),
-        padding_mask=padding_mask,
+        score_mask=place >= 0,
+        padding_mask=position < num_positions(n_context, n_key, config)[:, None],
         n_context=n_context,
         n_key=n_key,
         item_weight=weight,
+        scored=ScoredPositions(jnp.where(counts, scored, -1), place),
+    )
+
+
+def _packed(batch: Batch, index: Any, layout: RowLayout, config: DataConfig) -> Batch:
+    """The rows that `layout` makes of a batch of padded items."""
+    phase = (index[0] % jnp.uint32(config.num_pairs)).astype(jnp.int32) // layout.stride
+    length = num_positions(batch.n_context, batch.n_key, config)
+    first = jnp.asarray(layout.first)[phase]
+    packing = Packing.of(first, length, layout.rows, layout.length, config.padded_length - 1)
+    is_item = packing.is_item
+    tokens, targets = (jnp.where(is_item, packing.to_rows(x), PAD) for x in (batch.tokens, batch.targets))
+    assert batch.scored is not None
+    place = jnp.where(is_item, packing.to_rows(batch.scored.place), -1)
+    return dataclasses.replace(
+        batch,
+        tokens=tokens,
+        targets=targets,
+        score_mask=place >= 0,
+        padding_mask=is_item,
+        scored=ScoredPositions(batch.scored.position, place),
+        packing=packing,
     )

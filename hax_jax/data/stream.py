@@ -12,7 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt
+from jaxtyping import Array, Int, UInt
 
 from hax_jax.config import DataConfig
 from hax_jax.data.joint_recall import (
@@ -36,24 +36,31 @@ def table_sizes(index: UInt[Array, " b"], config: DataConfig) -> tuple[Int[Array
     return config.min_n_context + pair // n_keys, config.min_n_key + pair % n_keys
 
 
-def masks(
-    n_context: Int[Array, " b"], n_key: Int[Array, " b"], length: int
-) -> tuple[Bool[Array, "b length"], Bool[Array, "b length"]]:
-    """Which tokens of items are scored (keys after the separator), and which are not pads.
+def scored_places(
+    position: Int[Array, "#b t"], n_context: Int[Array, "#b #t"], n_key: Int[Array, "#b #t"]
+) -> Int[Array, "b t"]:
+    """Which of the questions of its item each position asks, from 0, and -1 for those that ask none.
+
+    The questions are the keys after the separator; there are n_context * n_key.
 
     Args:
-      n_context: (b,) int32.
-      n_key: (b,) int32.
-      length: number of tokens, counted from the start token.
-
-    Returns:
-      score mask and padding mask (True where there is a token), both (b, length) bool.
+      position: int32, counted from the item's start token; negative ones ask nothing.
+      n_context, n_key: int32, the sizes of the item's table.
     """
-    position = jnp.arange(length, dtype=jnp.int32)
-    _, place, in_half = _places(position, n_context[:, None], n_key[:, None])
-    width = 2 * n_key[:, None] + 1
-    second = position > n_context[:, None] * width + 1
-    return second & in_half & (place % width % 2 == 1), position < 2 * n_context[:, None] * width + 2
+    half, place, in_half = _places(position, n_context, n_key)
+    row, in_row = place // (2 * n_key + 1), place % (2 * n_key + 1)
+    asks = (half == 1) & in_half & (in_row % 2 == 1)
+    return jnp.where(asks, row * n_key + in_row // 2, -1)
+
+
+def scored_positions(
+    n_context: Int[Array, " b"], n_key: Int[Array, " b"], num_places: int
+) -> Int[Array, "b num_places"]:
+    """The position in its item of each question, in order; -1 where there are fewer. See `scored_places`."""
+    place = jnp.arange(num_places, dtype=jnp.int32)
+    c, k = n_context[:, None], n_key[:, None]
+    position = c * (2 * k + 1) + 2 + place // k * (2 * k + 1) + 1 + 2 * (place % k)
+    return jnp.where(place < c * k, position, -1)
 
 
 @jax.named_scope("materialize")

@@ -12,7 +12,7 @@ from hax_jax.config import ModelConfig
 from hax_jax.layers.key_scorer import KeyScorer, gate_loss
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
-from hax_jax.layers.routing import RULES
+from hax_jax.layers.routing import RULES, parity
 from hax_jax.layers.sequence import Sequence
 from hax_jax.ops import (
     Dilated,
@@ -45,7 +45,8 @@ class RoutingDraws:
 
     Attributes:
       projection: (n, r) standard-normal hash projection; None for the branch's own fixed one.
-      noise: (b, t) uniform numbers in [0, 1) that sample keys for the gate loss; None without that loss.
+      noise: (b, t) uniform numbers in [0, 1) that sample keys for the gate loss, in packed rows one for each
+        position of the padded items (m, padded_length); None without that loss.
     """
 
     projection: Float[Array, "n r"] | None = None
@@ -64,8 +65,8 @@ class BranchOutput:
       values: (b, t, e), the branch's input.
       key_set: the visible keys; `key_set.sources` is in the order of `sparse_arch`.
       gate_loss: scalar, 0 without key selection or outside training.
-      key_scores: (b, t), None without key selection.
-      sampled_scores, sampled_targets: (b, k), None where there is no gate loss.
+      key_scores: (b, t), of packed rows as padded items (m, padded_length); None without key selection.
+      sampled_scores, sampled_targets: (b, k), of packed rows (m, k); None where there is no gate loss.
     """
 
     output: jax.Array
@@ -166,6 +167,7 @@ class HaxBranch(nnx.Module):
         key_set, key_scores = self._choose_keys(queries, keys, sequence, draws)
 
         head = lambda x: x.astype(self.precision.matmul)[:, :, None]  # noqa: E731
+        packed = sequence.packing is not None
         attention = sparse_attention(
             head(queries),
             head(keys),
@@ -173,9 +175,11 @@ class HaxBranch(nnx.Module):
             key_set,
             segment_ids=sequence.segment_ids,
             scale=1.0,
-            empty_rows=self._rule.EMPTY_ROWS,
+            empty_rows="zero" if packed else self._rule.EMPTY_ROWS,
             implementation=self.config.op_implementation,
         )[:, :, 0]
+        if packed and self._rule.EMPTY_ROWS == "uniform":
+            attention = self._uniform_where_empty(attention, queries, keys, v, key_set, sequence)
         output = (attention * self.output_scale[...]).astype(self.precision.activation)
         result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()), key_scores)
         if not train or key_scores is None:
@@ -190,6 +194,12 @@ class HaxBranch(nnx.Module):
         size, chosen = config.keys_per_source, config.op_implementation
         batch, length = queries.shape[:2]
         position = segments.positions(segments.as_array(ids, (batch, length)))
+        packing = sequence.packing
+        # Statistics that pads are part of are taken of the padded form, in which pads are zeros.
+        to_rows = lambda x: x  # noqa: E731
+        if packing is not None and rule.PADS_COUNT:
+            to_rows = packing.to_rows
+            queries, keys = packing.to_items(queries), packing.to_items(keys)
         key_scores = None
         sources: list[Source] = []
         for name in config.sources:
@@ -204,7 +214,7 @@ class HaxBranch(nnx.Module):
             elif name in _HASHES:
                 projection = draws.projection if draws.projection is not None else self._fixed_projection()
                 query_code, key_code = (
-                    _HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection)
+                    to_rows(_HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection))
                     for x in (queries, keys)
                 )
                 counts_and_orders = bucket_orders(
@@ -215,7 +225,9 @@ class HaxBranch(nnx.Module):
                 )
             else:
                 key_scores = self.scorer(keys, rule.query_summary(queries, sequence))
-                scores = lax.stop_gradient(key_scores)
+                scores = to_rows(lax.stop_gradient(key_scores))
+                if packing is not None and not rule.PADS_COUNT:
+                    key_scores = packing.to_items(key_scores)
                 expiry = key_lifetimes(scores, size, segment_ids=ids, implementation=chosen)
                 sources.append(Lifetimes(size, expiry))
         return KeySet(tuple(sources)), key_scores
@@ -235,14 +247,28 @@ class HaxBranch(nnx.Module):
                 "`draws.noise` must be an array in training with key selection, got None; pass "
                 "`draws=branch.draw(key, batch, length, train=True)`"
             )
+        queries, keys = lax.stop_gradient((result.queries, result.keys))
+        if sequence.packing is not None:
+            queries, keys = sequence.packing.to_items(queries), sequence.packing.to_items(keys)
+            sequence = Sequence(sequence.packing.is_token)
         loss, scores, targets = gate_loss(
             result.key_scores,
-            lax.stop_gradient(result.queries),
-            lax.stop_gradient(result.keys),
+            queries,
+            keys,
             draws.noise,
             self.config.keys_per_source,
             padding_mask=sequence.padding_mask,
-            counts=self._rule.counts_for_gate_loss(sequence, result.queries.shape[:2]),
+            counts=self._rule.counts_for_gate_loss(sequence, queries.shape[:2]),
             segment_ids=sequence.segment_ids,
         )
         return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
+
+    def _uniform_where_empty(self, attention, queries, keys, v, key_set, sequence):
+        """Fault 3 of the original, of which the op knows only in rows of one item each."""
+        seen = parity.sees_a_key(key_set)
+        if seen is None:
+            return attention
+        items = (x.astype(self.precision.matmul) for x in (queries, keys, v))
+        to_items = sequence.packing.to_items
+        uniform = parity.uniform_attention(*map(to_items, items))
+        return jnp.where(seen[..., None], attention, sequence.packing.to_rows(uniform))

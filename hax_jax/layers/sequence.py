@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hax_jax.packing import Packing
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +17,12 @@ class Sequence:
     Attributes:
       padding_mask: (b, t) bool, True at real tokens; None where all are.
       segment_ids: (b, t) int32; nothing crosses a boundary. None where each row is one segment.
+      packing: where the items of packed rows lie; None where each has a row of its own.
     """
 
     padding_mask: Bool[Array, "b t"] | None = None
     segment_ids: Int[Array, "b t"] | None = None
+    packing: Packing | None = None
 
     def hide_pads(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """x with zeros at pads."""

@@ -22,6 +22,7 @@ from hax_jax.layers import (
     WindowAttention,
 )
 from hax_jax.layers.routing import RULES
+from hax_jax.packing import Packing, ScoredPositions
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ class ModelOutput:
     """What a model computed; `hidden` and `layers` are there to be looked at.
 
     Attributes:
-      logits: (b, t, vocab), at least float32.
+      logits: (b, t, vocab), at least float32; (m, s, vocab) where only scored positions were asked for.
       gate_loss: scalar, the layers' gate losses summed; 0 outside training.
       hidden: (b, t, d), the output of the last norm.
       layers: one `LayerOutput` a block.
@@ -127,6 +128,8 @@ class LanguageModel(nnx.Module):
         *,
         padding_mask: Bool[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
+        packing: Packing | None = None,
+        scored: ScoredPositions | None = None,
         key: jax.Array | None = None,
         draws: tuple[RoutingDraws, ...] | None = None,
         train: bool = False,
@@ -137,7 +140,10 @@ class LanguageModel(nnx.Module):
           tokens: (b, t) ids below `vocab_size`; larger ones are undefined, since a compiled program cannot
             raise (the data pipeline checks them before).
           padding_mask: (b, t) True at real tokens; None where all are. Outputs at pads mean nothing.
-          segment_ids: (b, t) for packed rows, with causal routing.
+          segment_ids: (b, t) for several sequences a row, with causal routing.
+          packing: for packed items, with any routing, in place of `padding_mask` and `segment_ids`. The gate
+            loss samples keys of each item, as it does in padded rows.
+          scored: compute logits at these positions only.
           key: feeds what is random in the call: the gate loss's sampling in training, and with parity routing
             the hash projections. Not needed otherwise.
           draws: those random arrays themselves, instead of `key`.
@@ -147,12 +153,16 @@ class LanguageModel(nnx.Module):
           A `ModelOutput`.
 
         Raises:
-          ValueError: random numbers are needed and neither `key` nor `draws` is given; segment ids with
-            parity routing; shapes that do not fit.
+          ValueError: random numbers are needed and neither `key` nor `draws` is given; segment ids or a
+            single packed item with parity routing; shapes that do not fit.
         """
-        sequence = RULES[self.config.routing].make_sequence(padding_mask, segment_ids, self.config.arch)
+        rule = RULES[self.config.routing]
+        sequence = rule.make_sequence(padding_mask, segment_ids, packing, self.config.arch)
         if draws is None:
-            draws = self.draw(key, tokens.shape[0], tokens.shape[1], train)
+            batch, length = tokens.shape
+            if packing is not None:
+                batch, length = packing.num_items, packing.padded_length
+            draws = self.draw(key, batch, length, train)
         x = self.embeddings(tokens)
         layers = []
         for layer, layer_draws in zip(self.layers, draws, strict=True):
@@ -160,7 +170,8 @@ class LanguageModel(nnx.Module):
             layers.append(output)
         hidden = self.norm(x)
         gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
-        return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
+        looked_at = hidden if scored is None else scored.take(hidden, packing)
+        return ModelOutput(self.embeddings.attend(looked_at), gate_loss, hidden, tuple(layers))
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:

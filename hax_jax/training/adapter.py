@@ -1,13 +1,16 @@
 """Any function from tokens to logits as a model that the training loop takes."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from hax_jax.data.batch import Batch
+from hax_jax.fields import ConfigError
 
 
 class TokenFunction(nnx.Module):
@@ -40,7 +43,28 @@ class TokenFunction(nnx.Module):
         return self.function(params, tokens, **{name: offered[name] for name in self.accepts})
 
 
-def logits_and_gate_loss(output: Any) -> tuple[Float[Array, "b t v"], Float[Array, ""]]:
+def apply(model: nnx.Module, batch: Batch, key: jax.Array, train: bool) -> Any:
+    """Calls a model on a batch; one that takes `packing` and `scored` is told of them."""
+    offered = {"packing": batch.packing, "scored": batch.scored}
+    taken = _arguments(type(model))
+    more = {name: value for name, value in offered.items() if value is not None and name in taken}
+    return model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=train, **more)
+
+
+def check_takes_packed_rows(kind: type) -> None:
+    """Raises ConfigError if a class of modules cannot be given packed rows."""
+    if "packing" not in _arguments(kind):
+        raise ConfigError(
+            "data.packing", "0 for a model that knows nothing of packed rows", kind.__qualname__,
+            "leave it at 0, or let the module's __call__ take `packing`, a hax_jax.packing.Packing",
+        )
+
+
+def _arguments(kind: type) -> Collection[str]:
+    return inspect.signature(kind.__call__).parameters
+
+
+def logits_and_gate_loss(output: Any) -> tuple[Float[Array, "b s v"], Float[Array, ""]]:
     """What the loop needs of a model's output: logits in float32 (or wider), and the loss it adds, or 0."""
     logits = getattr(output, "logits", output)
     gate_loss = jnp.asarray(getattr(output, "gate_loss", 0.0), jnp.float32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hax_jax.config import DataConfig
-from hax_jax.training.sharding import put_batch, put_replicated
+from hax_jax.training.sharding import put_batch, put_replicated, split_rows
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
 
@@ -93,8 +93,9 @@ class Evaluator:
         self._shape = (data.max_n_context + 1, data.max_n_key + 1)
         self._members = () if num_members is None else (num_members,)
         self._score = compiled or compiled_score(structure, population=num_members is not None)
+        materialize = split_rows(mesh, split.materialize)
         # Apart from the model's function, so that all splits share that one: its compilation is the long one.
-        self._prepare = jax.jit(lambda raws: jax.lax.map(split.materialize, raws))
+        self._prepare = jax.jit(lambda raws: jax.lax.map(materialize, raws))
         self._resident: list[Any] | None = None
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
 

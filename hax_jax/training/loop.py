@@ -17,6 +17,7 @@ import hax_jax
 from hax_jax.config import Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
+from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
 from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, steps_until_due
 from hax_jax.training.errors import CheckpointError, TrainingError
@@ -25,7 +26,7 @@ from hax_jax.training.metrics import MetricsWriter, has_tensorboard
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
-from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated
+from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated, split_rows
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
 from hax_jax.training.step import make_rated_step
@@ -116,15 +117,21 @@ class _Run:
         # Devices and data first: what can be refused is refused before anything is compiled.
         size = self.training.eval_batch_size
         self.mesh = make_mesh(batch_size=self.training.batch_size, eval_batch_size=size)
-        splits = {name: make_split(experiment.data, name) for name in ("train", "valid", "test")}
+        if model is not None and experiment.data.packing:
+            check_takes_packed_rows(type(model))
+        devices = self.mesh.size
+        splits = {name: make_split(experiment.data, name, devices) for name in ("train", "valid", "test")}
         self.accumulation = self.training.grad_accumulation_steps
+        rows, row_length = splits["train"].row_shape(self.training.batch_size)
+        self.positions = self.accumulation * rows * row_length
         self.batches = splits["train"].iterator(self.training.batch_size * self.accumulation, repeat=True)
 
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         optimizer = make_optimizer(self.training)
         self.beginning = initialise.prepare(experiment, model, optimizer, self.mesh)
         structure = self.beginning.structure
-        step = make_rated_step(structure, splits["train"].materialize, self.training)
+        materialize = split_rows(self.mesh, splits["train"].materialize)
+        step = make_rated_step(structure, materialize, self.training)
         self.per_dispatch = steps_per_dispatch(self.training, self.mesh.devices.flat[0].platform)
         self.update = jax.jit(
             make_dispatch(step, known_length=not self._on_cpu()),
@@ -176,8 +183,7 @@ class _Run:
     def train(self) -> None:
         """Steps until the last one or a signal; validates and saves on the way."""
         training, begin = self.training, self.step
-        positions = training.batch_size * self.accumulation * (self.experiment.data.padded_length - 1)
-        self.progress = Progress(self.console, begin, training.num_steps, positions)
+        self.progress = Progress(self.console, begin, training.num_steps, self.positions)
         ahead: collections.deque[jax.Array] = collections.deque()
         said = False
         while True:

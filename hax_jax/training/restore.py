@@ -104,7 +104,7 @@ def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None
     check_fits(data, experiment.data, experiment.model.vocab_size)
     size = batch_size or experiment.training.eval_batch_size
     size = -(-size // mesh.size) * mesh.size
-    items = RelabeledSplit(make_split(data, split), data, experiment.data)
+    items = RelabeledSplit(make_split(data, split, mesh.size), data, experiment.data)
     evaluator = Evaluator(trained.structure, items, Purpose[split.upper()], data, size, mesh)
     key = put_replicated(mesh, jax.random.key(experiment.seed))
     results = evaluator(trained.params, trained.buffers, key)

@@ -1,5 +1,7 @@
 """Data parallelism: a mesh over all devices, batches split over it, the state repeated on each."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hax_jax.config import ConfigError
+from hax_jax.data.batch import Batch
 
 
 def make_mesh(**batch_sizes: int) -> Mesh:
@@ -48,6 +51,24 @@ def put_batch(mesh: Mesh, raw: Any, axis: int = 0) -> Any:
         return jax.device_put(raw, sharding)
     put = lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape)  # noqa: E731
     return jax.tree.map(put, raw)
+
+
+def split_rows(mesh: Mesh, materialize: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+    """`materialize` whose packed rows are split over the devices, as padded rows are by their items."""
+    if mesh.size == 1:
+        return materialize
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def split(raw):
+        batch = materialize(raw)
+        if batch.packing is None:
+            return batch
+        constrain = lambda tree: jax.lax.with_sharding_constraint(tree, sharding)  # noqa: E731
+        rows = {name: constrain(getattr(batch, name)) for name in ("tokens", "targets", "padding_mask")}
+        ids = constrain(batch.packing.segment_ids)
+        return dataclasses.replace(batch, packing=dataclasses.replace(batch.packing, segment_ids=ids), **rows)
+
+    return split
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

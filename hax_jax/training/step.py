@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
-from hax_jax.training.adapter import logits_and_gate_loss
+from hax_jax.training.adapter import apply, logits_and_gate_loss
 from hax_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, TrainState, buffers_of
 
@@ -19,18 +19,28 @@ Sums = dict[str, Any]
 
 
 @jax.named_scope("loss")
-def token_losses(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, "b t"]:
-    """Cross-entropy, -log softmax(logits)[target] in nats, at scored positions; 0 elsewhere."""
-    chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(_scored(batch), losses, 0.0)
+def token_losses(logits: Float[Array, "b s v"], batch: Batch) -> Float[Array, "b s"]:
+    """Cross-entropy, -log softmax(logits)[target] in nats, at scored positions; 0 elsewhere.
+
+    Args:
+      logits: of all positions (b, t, v), or of `batch.scored` alone (m, s, v).
+      batch: what was predicted.
+    """
+    targets, scored = _targets(logits, batch)
+    # A sum over a comparison is one pass in both directions; picking one entry is a scatter backwards.
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0.0).sum(-1)
+    return jnp.where(scored, losses, 0.0)
 
 
 @jax.named_scope("loss")
-def sequence_accuracy(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, " b"]:
-    """Share of a sequence's scored positions whose most probable token is the target; 0 for filler rows."""
-    scored = _scored(batch)
-    right = scored & (jnp.argmax(logits, axis=-1) == batch.targets)
+def sequence_accuracy(logits: Float[Array, "b s v"], batch: Batch) -> Float[Array, " b"]:
+    """Share of a sequence's scored positions whose most probable token is the target; 0 for filler items.
+
+    `logits` as in `token_losses`.
+    """
+    targets, scored = _targets(logits, batch)
+    right = scored & (jnp.argmax(logits, axis=-1) == targets)
     return right.sum(-1, dtype=jnp.float32) / jnp.maximum(scored.sum(-1, dtype=jnp.float32), 1.0)
 
 
@@ -119,8 +129,7 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
 
     def eval_step(params, buffers, key, batch, totals):
         model = structure.merge(params, buffers)
-        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=False)
-        logits, _ = logits_and_gate_loss(output)
+        logits, _ = _at_scored(apply(model, batch, key, train=False), batch)
         rows, columns = totals["num_items"].shape
         # Matmuls of 0/1 matrices, for sums in a fixed order; a scatter would add in any order on a GPU.
         by_context = jax.nn.one_hot(batch.n_context, rows, dtype=jnp.float32)
@@ -131,7 +140,7 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
 
         return {
             "loss": totals["loss"] + token_losses(logits, batch).sum(),
-            "num_scored": totals["num_scored"] + _scored(batch).sum(dtype=jnp.float32),
+            "num_scored": totals["num_scored"] + _num_scored(batch, least=0.0),
             "accuracy": totals["accuracy"] + table(sequence_accuracy(logits, batch)),
             "num_items": totals["num_items"] + table((batch.item_weight > 0).astype(jnp.float32)),
         }
@@ -144,8 +153,7 @@ def _make_objective(structure: ModelStructure, training: TrainingConfig) -> Call
 
     def objective(params, buffers, batch, key, num_scored):
         model = structure.merge(params, buffers)
-        output = model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=True)
-        logits, gate_loss = logits_and_gate_loss(output)
+        logits, gate_loss = _at_scored(apply(model, batch, key, train=True), batch)
         parts = {
             "loss": token_losses(logits, batch).sum() / num_scored,
             "gate_loss": gate_loss / training.grad_accumulation_steps,
@@ -218,12 +226,26 @@ def _all_finite(arrays: dict[str, Any]):
     return finite
 
 
-def _scored(batch: Batch):
-    return batch.score_mask & (batch.item_weight > 0)[:, None]
+def _at_scored(output: Any, batch: Batch):
+    """Logits at the batch's scored positions, item by item where it knows them so, and the gate loss."""
+    logits, gate_loss = logits_and_gate_loss(output)
+    if batch.scored is not None and logits.shape[:2] != batch.scored.position.shape:
+        logits = batch.scored.take(logits, batch.packing)
+    return logits, gate_loss
+
+
+def _targets(logits, batch: Batch):
+    """The targets that belong to logits, and which of them count; both (b, t) or, of scored ones, (m, s)."""
+    if batch.scored is None or logits.shape[:2] != batch.scored.position.shape:
+        return batch.targets, batch.score_mask & (batch.item_weight > 0)[:, None]
+    targets = batch.scored.take(batch.targets, batch.packing)
+    return targets, batch.scored.used & (batch.item_weight > 0)[:, None]
 
 
 def _num_scored(batch: Batch, least: float = 1.0):
-    return jnp.maximum(_scored(batch).sum(dtype=jnp.float32), least)
+    scored = batch.score_mask if batch.scored is None else batch.scored.used
+    counts = scored & (batch.item_weight > 0)[:, None]
+    return jnp.maximum(counts.sum(dtype=jnp.float32), least)
 
 
 def _mean_accuracy(logits, batch: Batch):

@@ -70,16 +70,21 @@ def test_every_item_states_its_table_and_asks_for_all_of_it(config):
         assert values.max() < config.n_value
 
 
-def test_masks_and_sizes_are_those_of_the_published_form(config):
+def test_questions_and_sizes_are_those_of_the_published_form(config):
     sizes = joint_recall.table_sizes(config)
     index = jnp.arange(3 * len(sizes), dtype=jnp.uint32)
     n_context, n_key = stream.table_sizes(index, config)
     np.testing.assert_array_equal(np.stack([n_context, n_key], -1), np.tile(sizes, (3, 1)))
-    scored, real = stream.masks(n_context, n_key, config.padded_length)
-    layout = joint_recall.SweepLayout(config)
-    np.testing.assert_array_equal(scored, np.tile(layout.score_masks(), (3, 1)))
-    padded = layout.pad(np.zeros((1, layout.packed_length), layout.dtype))[0]
-    np.testing.assert_array_equal(real, np.tile(padded != joint_recall.PAD, (3, 1)))
+    position = jnp.arange(-1, config.padded_length)[None]
+    place = np.asarray(stream.scored_places(position, n_context[:, None], n_key[:, None]))
+    assert (place[:, 0] == -1).all()
+    scored = np.tile(joint_recall.SweepLayout(config).score_masks(), (3, 1))
+    np.testing.assert_array_equal(place[:, 1:] >= 0, scored)
+    most = config.max_n_context * config.max_n_key
+    positions = np.asarray(stream.scored_positions(n_context, n_key, most))
+    for row, (mask, of_item) in enumerate(zip(scored, positions, strict=True)):
+        np.testing.assert_array_equal(of_item[of_item >= 0], np.flatnonzero(mask))
+        np.testing.assert_array_equal(place[row, 1:][mask], np.arange(mask.sum()))
 
 
 def test_last_index_of_32_bits(config):

@@ -10,20 +10,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.layers.sequence import Sequence
 from hax_jax.ops import segments
+from hax_jax.packing import Packing
 
 # The hash projection is drawn once and is part of the model's state.
 FRESH_PROJECTION = False
 # A query that sees no key gets zeros.
 EMPTY_ROWS = "zero"
+# Pads have no part in any statistic, so that packed rows need not be laid out as padded ones for them.
+PADS_COUNT = False
 
 _TINY = 1e-12
 
 
 def make_sequence(
-    padding_mask: Bool[Array, "b t"] | None, segment_ids: Int[Array, "b t"] | None, arch: str
+    padding_mask: Bool[Array, "b t"] | None,
+    segment_ids: Int[Array, "b t"] | None,
+    packing: Packing | None,
+    arch: str,
 ) -> Sequence:
     """Turns pads into one more segment, so that no op has to know of them."""
     del arch
+    if packing is not None:
+        return Sequence(packing.is_item, packing.segment_ids, packing)
     if padding_mask is not None:
         ids = segments.as_array(segment_ids, padding_mask.shape)
         segment_ids = jnp.where(padding_mask, ids, -1)

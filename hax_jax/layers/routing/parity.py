@@ -9,26 +9,43 @@
    bfloat16 the stream is therefore wider than what is added to it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.layers.sequence import Sequence
+from hax_jax.ops import Dilated, HashBuckets, KeySet
+from hax_jax.ops.numerics import einsum, wide
+from hax_jax.packing import Packing
 
 FRESH_PROJECTION = True
 EMPTY_ROWS = "uniform"
+PADS_COUNT = True
 
 _TINY = 1e-12
 
 
 def make_sequence(
-    padding_mask: Bool[Array, "b t"] | None, segment_ids: Int[Array, "b t"] | None, arch: str
+    padding_mask: Bool[Array, "b t"] | None,
+    segment_ids: Int[Array, "b t"] | None,
+    packing: Packing | None,
+    arch: str,
 ) -> Sequence:
     """Keeps pads as positions like all others; their inner states are zeroed by the mixers alone."""
+    if packing is not None:
+        if packing.num_items == 1 and arch == "mamba2":
+            raise ValueError(
+                "`packing` must hold at least 2 items with routing='parity' and mamba2, which treats pads of "
+                "a single row as tokens, got 1; use a padded row"
+            )
+        return Sequence(packing.is_item, packing.segment_ids, packing)
     if segment_ids is not None:
         raise ValueError(
-            "`segment_ids` must be None with routing='parity', whose statistics run over the whole row, "
-            "got an array; use routing='causal' for packed rows"
+            "`segment_ids` must be None with routing='parity', whose statistics run over the whole padded "
+            "row, got an array; use `packing`, which knows the padded length, or routing='causal'"
         )
     if padding_mask is not None and arch == "mamba2" and padding_mask.shape[0] == 1:
         padding_mask = None
@@ -56,6 +73,45 @@ def counts_for_gate_loss(sequence: Sequence, shape: tuple[int, int]) -> Bool[Arr
     """All positions count, pads included."""
     del sequence, shape
     return None
+
+
+def sees_a_key(key_set: KeySet) -> Bool[Array, "b t"] | None:
+    """Which queries see a key of their segment at all; None where the sources leave none without one."""
+    seen = []
+    for source in key_set.sources:
+        if isinstance(source, HashBuckets):
+            seen.append(source.query_count > 0)
+        elif isinstance(source, Dilated):
+            seen.append(source.key_position >= source.stride - 1)
+        else:
+            # The query's own position, the segment's first one, or the best of those so far.
+            return None
+    return functools.reduce(jnp.logical_or, seen)
+
+
+def uniform_attention(
+    q: Float[Array, "m t n"], k: Float[Array, "m t n"], v: Float[Array, "m t e"]
+) -> Float[Array, "m t e"]:
+    """What a query that sees no key gets, fault 3: the mean of all values of its padded item.
+
+    The original hides keys by adding a huge negative number to their scores. In a row of nothing else the
+    scores s_ij drown in it, so that all weights are 1/t, but their gradient is that of a softmax which hides
+    nothing: d out_i / d s_ij = (v_j - mean v) / t. That is the gradient of sum_j s_ij (v_j - mean v) / t,
+    v held constant, which equals q_i [sum_j k_j (v_j - mean v)^T] / t: one n x e matrix for all queries of an
+    item. Its value is taken off again.
+
+    Args:
+      q, k, v: padded items, zeros at pads; the scores are q_i . k_j.
+
+    Returns:
+      (m, t, e), at least float32. Memory grows as m t e.
+    """
+    dtype = wide(q.dtype, v.dtype)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    mean = v.mean(axis=1, keepdims=True)
+    slope = einsum("mtn,mte->mne", k, lax.stop_gradient(v - mean)) / v.shape[1]
+    linear = einsum("mtn,mne->mte", q, slope)
+    return mean + (linear - lax.stop_gradient(linear))
 
 
 def residual(x: Float[Array, "b t d"], arch: str) -> Float[Array, "b t d"]:
