@@ -1,6 +1,10 @@
 """Linear map and embedding with the project's precision rules."""
 
 import jax
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -8,6 +12,72 @@ from jaxtyping import Array, Float, Int
 from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
 from hax_jax.ops.numerics import einsum
+
+
+# A table of more rows than this has its gradient scattered: few tokens share a row, and a 0/1 row is long.
+_FEW_ROWS = 1024
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Any) -> Float[Array, "*batch o"]:
+    """x W with the factors of this product, and of those in its gradients, rounded to `dtype`.
+
+    Left to itself, differentiation would multiply a float32 gradient with a bfloat16 factor, which a GPU does
+    in float32 without tensor cores, and then round the gradient of W to bfloat16. Here gradients are rounded
+    before they are multiplied, as x and W are, and what is summed up stays at least float32.
+
+    Args:
+      x: (..., i); what the gradient keeps of it is rounded to `dtype`.
+      kernel: (i, o), W.
+      dtype: of the factors.
+
+    Returns:
+      (..., o), at least float32.
+    """
+    return einsum("...i,io->...o", x.astype(dtype), kernel.astype(dtype))
+
+
+def _matmul_forward(x, kernel, dtype):
+    rounded = x.astype(dtype)
+    # An empty array remembers the dtype that the gradient has to have.
+    return einsum("...i,io->...o", rounded, kernel.astype(dtype)), (rounded, kernel, jnp.empty(0, x.dtype))
+
+
+def _matmul_backward(dtype, saved, d_y):
+    x, kernel, like = saved
+    d_y = d_y.astype(dtype)
+    d_x = einsum("...o,io->...i", d_y, kernel.astype(dtype))
+    d_kernel = einsum("mi,mo->io", x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+    return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
+    """The rows of a table that tokens name.
+
+    Its gradient is a product of 0/1 rows with the gradient rounded to `dtype`, row by row of the batch and
+    then added up: the scatter that differentiation would make adds thousands of vectors to each of a few
+    places, one after the other and on a GPU in any order. Memory of the gradient grows as b t v.
+    """
+    del dtype
+    return jnp.take(table, tokens, axis=0)
+
+
+def _lookup_forward(table, tokens, dtype):
+    return lookup(table, tokens, dtype), (tokens, jnp.empty((table.shape[0], 0), table.dtype))
+
+
+def _lookup_backward(dtype, saved, d_y):
+    tokens, like = saved
+    named = jax.nn.one_hot(tokens, like.shape[0], dtype=dtype)
+    d_table = einsum("btv,btd->bvd", named, d_y.astype(dtype)).sum(axis=0)
+    return d_table.astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Linear(nnx.Module):
@@ -44,8 +114,7 @@ class Linear(nnx.Module):
 
     @jax.named_scope("linear")
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        matmul = self.precision.matmul
-        y = einsum("...i,io->...o", x.astype(matmul), self.kernel[...].astype(matmul))
+        y = matmul(x, self.kernel[...], self.precision.matmul)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y.astype(self.precision.activation)
@@ -62,10 +131,14 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embedding")
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.precision.activation)
+        table = self.embedding[...]
+        if table.shape[0] <= _FEW_ROWS:
+            vectors = lookup(table, tokens, self.precision.matmul)
+        else:
+            vectors = jnp.take(table, tokens, axis=0)
+        return vectors.astype(self.precision.activation)
 
     @jax.named_scope("head")
     def attend(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """x times the transposed embedding, at least float32."""
-        matmul = self.precision.matmul
-        return einsum("btd,vd->btv", x.astype(matmul), self.embedding[...].astype(matmul))
+        return matmul(x, self.embedding[...].T, self.precision.matmul)

@@ -1,0 +1,56 @@
+"""Products whose gradients round their factors as the forward pass does, and a lookup without a scatter."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hax_jax.layers.linear import lookup, matmul
+
+BF16 = jnp.bfloat16
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def gradients(dtype):
+    x, kernel, weight = normal(0, 2, 50, 6), normal(1, 6, 5), normal(2, 2, 50, 5)
+    return jax.grad(lambda x, kernel: (matmul(x, kernel, dtype) * weight).sum(), (0, 1)), x, kernel, weight
+
+
+def test_product_and_gradients_in_float32_are_the_usual_ones():
+    gradient, x, kernel, weight = gradients(jnp.float32)
+    d_x, d_kernel = gradient(x, kernel)
+    np.testing.assert_allclose(matmul(x, kernel, jnp.float32), x @ kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(d_x, weight @ kernel.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_kernel, np.einsum("bti,bto->io", x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_round_factors_and_not_sums():
+    gradient, x, kernel, weight = gradients(BF16)
+    d_x, d_kernel = gradient(x, kernel)
+    rounded = [np.asarray(array.astype(BF16), np.float64) for array in (x, kernel, weight)]
+    np.testing.assert_allclose(d_x, rounded[2] @ rounded[1].T, rtol=1e-5, atol=1e-5)
+    wanted = np.einsum("bti,bto->io", rounded[0], rounded[2])
+    np.testing.assert_allclose(d_kernel, wanted, rtol=1e-5, atol=1e-5)
+    # No product has a float32 factor, which would keep it off the tensor cores.
+    lowered = jax.jit(gradient).lower(x, kernel).as_text()
+    assert set(re.findall(r"dot_general.*\(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", lowered)) == {
+        ("bf16", "bf16")
+    }
+
+
+def test_gradient_of_a_lookup_is_that_of_take():
+    table, tokens, weight = normal(0, 7, 3), jnp.array([[1, 4, 4, 0], [4, 6, 1, 4]]), normal(1, 2, 4, 3)
+
+    def gradient(function):
+        return jax.grad(lambda table: (function(table) * weight).sum())
+
+    fast = gradient(lambda table: lookup(table, tokens, jnp.float32))
+    usual = gradient(lambda table: jnp.take(table, tokens, axis=0))
+    np.testing.assert_array_equal(lookup(table, tokens, jnp.float32), table[tokens])
+    np.testing.assert_allclose(fast(table), usual(table), rtol=1e-6, atol=1e-6)
+    assert "scatter" in str(jax.make_jaxpr(usual)(table))
+    assert "scatter" not in str(jax.make_jaxpr(fast)(table))
