@@ -76,11 +76,12 @@ class Mamba2(nnx.Module):
             -jnp.exp(self.A_log[...].astype(wide_dtype)),
             B.reshape(by_group).astype(matmul),
             C.reshape(by_group).astype(matmul),
+            D=self.D[...],
             segment_ids=sequence.segment_ids,
             chunk_size=config.chunk_size,
             implementation=config.op_implementation,
         )
-        y = (y + self.D[...].astype(wide_dtype)[:, None] * by_head).reshape(x.shape)
+        y = y.reshape(x.shape)
         branch = None
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)

@@ -44,6 +44,7 @@ def ssd_inputs(length: int):
         "A": -jnp.exp(normal(g, 4)),
         "B": normal(g, BATCH, length, 2, 3),
         "C": normal(g, BATCH, length, 2, 3),
+        "D": normal(g, 4),
         "initial_state": normal(g, BATCH, 4, 5, 3),
     }
 

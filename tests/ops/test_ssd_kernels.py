@@ -28,6 +28,7 @@ def make_inputs(batch, length, heads, head_dim, groups, state, dtype=jnp.float32
         "A": -jnp.exp(normal(g, heads)),
         "B": normal(g, batch, length, groups, state, dtype=dtype),
         "C": normal(g, batch, length, groups, state, dtype=dtype),
+        "D": normal(g, heads),
         "initial_state": normal(g, batch, heads, head_dim, state),
     }
 
@@ -36,7 +37,7 @@ def run(function, inputs, segment_ids, *rest):
     """Outputs and all gradients of a form, called by position as the op calls it."""
 
     def call(inputs):
-        arguments = [inputs[name] for name in ("x", "dt", "A", "B", "C", "initial_state")]
+        arguments = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "initial_state")]
         return function(*arguments, segment_ids, *rest)
 
     return with_gradients(call, inputs)

@@ -71,8 +71,8 @@ def _selective_scan(x, implementation):
 
 def _ssd(x, implementation):
     dt = jax.nn.softplus(x["dt"] + x["dt_bias"])
-    y, state = ssd(x["x"], dt, x["A"], x["B"], x["C"], chunk_size=32, implementation=implementation)
-    return {"y": y + x["D"][:, None] * x["x"], "final_state": state}
+    y, state = ssd(x["x"], dt, x["A"], x["B"], x["C"], D=x["D"], chunk_size=32, implementation=implementation)
+    return {"y": y, "final_state": state}
 
 
 def _conv(x, implementation):

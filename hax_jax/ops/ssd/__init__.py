@@ -17,6 +17,7 @@ def ssd(
     B: Float[Array, "b t g n"],
     C: Float[Array, "b t g n"],
     *,
+    D: Float[Array, " h"] | None = None,
     initial_state: Float[Array, "b h p n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     chunk_size: int = 64,
@@ -24,7 +25,7 @@ def ssd(
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
     """Runs one matrix-valued linear recurrence per head, with one scalar decay a head and step.
 
-    H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T,   y_t = H_t C_t   (without the skip D x);
+    H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T,   y_t = H_t C_t + D x_t;
     head h reads group floor(h g / heads) of B and C.
 
     Args:
@@ -32,6 +33,7 @@ def ssd(
       dt: (b, t, h) time steps, already positive (after the softplus).
       A: (h,), negative.
       B, C: (b, t, g, n); g divides h.
+      D: (h,), weight of the skip; none where None.
       initial_state: (b, h, p, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions multiplied as one tile by 'xla'.
@@ -56,8 +58,10 @@ def ssd(
     dispatch.check_shape("ssd", "C", C.shape, (b, t, g, n), "b, t, g, n")
     if h % g:
         raise ValueError(f"`B` of ssd must have a number of groups that divides the {h} heads, got {g}")
+    if D is not None:
+        dispatch.check_shape("ssd", "D", D.shape, (h,), "h")
     if initial_state is not None:
         dispatch.check_shape("ssd", "initial_state", initial_state.shape, (b, h, p, n), "b, h, p, n")
     if segment_ids is not None:
         dispatch.check_shape("ssd", "segment_ids", segment_ids.shape, (b, t), "b, t")
-    return function(x, dt, A, B, C, initial_state, segment_ids, chunk_size)
+    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)

@@ -7,7 +7,7 @@ from hax_jax.ops import segments
 from hax_jax.ops.numerics import wide
 
 
-def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     del chunk_size
     batch, length, heads, head_dim = x.shape
     dtype = wide(x.dtype, A.dtype)
@@ -26,4 +26,5 @@ def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
 
     time_first = tuple(jnp.moveaxis(array, 1, 0) for array in (x, dt, B, C, reset))
     state, y = lax.scan(step, initial_state.astype(dtype), time_first)
-    return jnp.moveaxis(y, 0, 1), state
+    y = jnp.moveaxis(y, 0, 1)
+    return y if D is None else y + D.astype(dtype)[:, None] * x, state

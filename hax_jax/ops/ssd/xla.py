@@ -11,7 +11,7 @@ from hax_jax.ops import segments
 from hax_jax.ops.numerics import einsum, pad_time, wide
 
 
-def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     per_group = heads // groups
@@ -51,6 +51,8 @@ def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
     from_before = einsum("bctgn,bcgrpn->bctgrp", C, before.astype(matmul_dtype))
     reach = jnp.where((ids == entering[:, :, None])[..., None, None], jnp.exp(log_decay), 0)
     y = y + from_before * reach[..., None]
+    if D is not None:
+        y = y + D.astype(dtype).reshape(groups, per_group, 1) * x
     return y.reshape(batch, -1, heads, head_dim)[:, :length], final
 
 

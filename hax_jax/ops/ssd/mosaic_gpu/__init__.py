@@ -16,19 +16,20 @@ from hax_jax.ops.ssd.mosaic_gpu import backward, forward, states
 from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, split
 
 
-def ssd(x, dt, A, B, C, initial_state, segment_ids, chunk_size):
+def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     """`ops.ssd`; the kernels' chunks have 64 positions whatever `chunk_size` says."""
     tiles = choose_tiles(x, A, B, C)
     reason = tiles if isinstance(tiles, str) else dispatch.missing_for_mosaic_gpu()
     if reason:
         raise ValueError(f"`implementation` of ssd cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
-    return ssd_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles)
+    return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles)
 
 
-def ssd_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
+def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
     """`ssd` on whatever device there is: a Hopper GPU, or the interpreter."""
     batch, length, heads, p = x.shape
     n = B.shape[3]
+    D = jnp.zeros(heads) if D is None else D
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, p, n), jnp.float32)
 
@@ -39,7 +40,7 @@ def ssd_in_tiles(x, dt, A, B, C, initial_state, segment_ids, tiles: Tiles):
     ids = segments.as_array(segment_ids, (batch, length))
     y, final = _ssd(
         columns(x), columns(dt.astype(jnp.float32)), A.astype(jnp.float32), columns(B), columns(C),
-        initial_state.astype(jnp.float32), _runs(ids), tiles,
+        D.astype(jnp.float32), initial_state.astype(jnp.float32), _runs(ids), tiles,
     )  # fmt: skip
     return y[:, :length].reshape(x.shape), final
 
@@ -74,22 +75,22 @@ def _vectors(dt, A, run):
     return dt, cum, enter, leave, enter[..., -1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _ssd(x, dt, A, B, C, initial_state, run, tiles):
-    return _forward(x, dt, A, B, C, initial_state, run, tiles)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _ssd(x, dt, A, B, C, D, initial_state, run, tiles):
+    return _forward(x, dt, A, B, C, D, initial_state, run, tiles)[0]
 
 
-def _forward(x, dt, A, B, C, initial_state, run, tiles):
+def _forward(x, dt, A, B, C, D, initial_state, run, tiles):
     by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     x, B, C = (_planes(array, tiles) for array in (x, B, C))
     left = states.chunk_states(x, leave * by_chunk, B, tiles)
     before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
-    y = forward.outputs(x, B, C, before, cum, by_chunk, enter, run, tiles)
-    return (y, final), (x, dt, A, B, C, run, before, y)
+    y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles)
+    return (y, final), (x, dt, A, B, C, D, run, before, y)
 
 
 def _backward(tiles, residuals, cotangents):
-    x, dt, A, B, C, run, before, y = residuals
+    x, dt, A, B, C, D, run, before, y = residuals
     dy, dfinal = cotangents
     by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     dtype = jnp.bfloat16 if tiles.planes == 1 else jnp.float32
@@ -98,21 +99,22 @@ def _backward(tiles, residuals, cotangents):
     dy_planes = _planes(dy, tiles)
     asked = states.chunk_states(dy_planes, enter, C, tiles)
     after, dinitial = states.carry_states(asked, decay, dfinal, tiles, reverse=True)
-    dx, dB, dC, direct, left = backward.gradients(
-        x, dy_planes, B, C, before, after, cum, by_chunk, enter, leave, run, tiles
+    dx, dB, dC, direct, left, skip = backward.gradients(
+        x, dy_planes, B, C, before, after, D, cum, by_chunk, enter, leave, run, tiles
     )
 
-    # Every term of y_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the state a
-    # chunk leaves grows with the exponential of its last cum: what it kept of the state before, and what it
-    # added. The last is summed from `left`, so that it cancels what `direct` holds of it.
+    # Every term of y_i but D x_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the
+    # state a chunk leaves grows with the exponential of its last cum: what it kept of the state before, and
+    # what it added. The last is summed from `left`, so that it cancels what `direct` holds of it.
     by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
-    grown = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - by_chunk * direct
+    through_y = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - D[:, None] * skip
+    grown = through_y - by_chunk * direct
     grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))
     dlog = jnp.flip(jnp.cumsum(jnp.flip(grown, -1), axis=-1), -1)
     dA = (dlog * by_chunk).sum((0, 1, 3))
     ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(dt.shape)
     dB, dC = (_sum_of_blocks(array, tiles).astype(dtype) for array in (dB, dC))
-    return dx, ddt, dA, dB, dC, dinitial, jnp.zeros_like(run)
+    return dx, ddt, dA, dB, dC, skip.sum((0, 1, 3)), dinitial, jnp.zeros_like(run)
 
 
 def _overlap(before, after, shape):

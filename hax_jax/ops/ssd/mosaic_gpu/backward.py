@@ -28,25 +28,26 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
 SQUARE = (CHUNK, CHUNK)
 
 
-def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Tiles):
+def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: Tiles):
     """The gradients of one chunk's inputs, from dy and the gradient `after` of the state that it leaves.
 
     x and dy (planes, b, t, h p), B and C (planes, b, t, g n), before and after (planes, b, c, h p, n) as
-    bfloat16 planes; cum, dt, enter and leave (b, c, h, 64), run (b, c, 64) float32.
+    bfloat16 planes; D (h,), cum, dt, enter and leave (b, c, h, 64), run (b, c, 64) float32.
 
     Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), the part of dt's gradient that
-    does not come through the decay (b, c, h, 64), and what of it comes from the state that the chunk leaves;
-    all but dx are float32.
+    does not come through the decay (b, c, h, 64), what of it comes from the state that the chunk leaves, and
+    x dy summed over a head; all but dx are float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width, time_padded = tiles.planes, block * p, chunks * CHUNK
     dx_type = jnp.bfloat16 if planes == 1 else jnp.float32
 
-    def body(*refs):
+    def ssd_gradients(*refs):
         inputs, vectors, outputs, shared, (dx_sm, dS_sm, loaded) = (
-            refs[:6], refs[6:11], refs[11:16], refs[16:22], refs[22:]
+            refs[:6], refs[7:12], refs[12:18], refs[18:24], refs[24:]
         )  # fmt: skip
+        D_ref = refs[6]
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
@@ -57,7 +58,7 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
         B_sm, C_sm, x_sm, dy_sm, before_sm, after_sm = shared
         of_chunk = [ref.at[b, c] for ref in vectors]
         cum_ref, dt_ref, enter_ref, leave_ref, run_ref = of_chunk
-        dx_ref, dB_ref, dC_ref, direct_ref, left_ref = outputs
+        dx_ref, dB_ref, dC_ref, *sums = outputs
         seen = visible(run_ref, transposed=True)
         plgpu.barrier_wait(loaded)
 
@@ -73,10 +74,10 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
             here, index = pl.ds(head * p, p), k * block + head
             per_head = [ref.at[index] for ref in (cum_ref, dt_ref, leave_ref)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
-            dx, direct, left, dS = _head(S, dS, here, of_head, tiles)
+            dx, sums_of_head, dS = _head(S, dS, D_ref[index], here, of_head, tiles)
             dx_sm[:, here] = dx.astype(dx_type)
-            direct_ref[b, c, index] = direct
-            left_ref[b, c, index] = left
+            for ref, value in zip(sums, sums_of_head, strict=True):
+                ref[b, c, index] = value
             return dS
 
         dS = lax.fori_loop(0, block, one_head, dS, unroll=tiles.unroll)
@@ -109,13 +110,12 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
     of_group = jax.ShapeDtypeStruct((heads // block, batch, time_padded, n), jnp.float32)
     of_head = jax.ShapeDtypeStruct(cum.shape, jnp.float32)
     return plgpu.kernel(
-        body,
+        ssd_gradients,
         out_type=[
             jax.ShapeDtypeStruct((batch, time_padded, heads * p), dx_type),
             of_group,
             of_group,
-            of_head,
-            of_head,
+            *[of_head] * 3,
         ],
         scratch_types=[
             *[tile(tiles, CHUNK, n), tile(tiles, CHUNK, n), rows, rows, states, states],
@@ -126,11 +126,11 @@ def gradients(x, dy, B, C, before, after, cum, dt, enter, leave, run, tiles: Til
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
         compiler_params=params(),
-    )(B, C, x, dy, before, after, cum, dt, enter, leave, run)
+    )(B, C, x, dy, before, after, D, cum, dt, enter, leave, run)
 
 
-def _head(S, dS, here, of_head, tiles):
-    """dx of one head (64, p), its `direct` and `left` (64,), and dS with its share."""
+def _head(S, dS, D, here, of_head, tiles):
+    """dx of one head (64, p), its three sums (64,), and dS with its share."""
     x_sm, dy_sm, B_sm, after_sm, cum_ref, dt_ref, leave_ref = of_head
     rows, planes = (CHUNK, tiles.head_dim), tiles.planes
     x = load_planes(x_sm, here)
@@ -151,4 +151,6 @@ def _head(S, dS, here, of_head, tiles):
 
     accumulators = [plgpu.ACC(shape, jnp.float32) for shape in (SQUARE, rows, rows)]
     left, drive, dS = pl.run_scoped(products, *accumulators)
-    return drive * dt, (x * drive).sum(axis=1), (x * left).sum(axis=1), dS
+    dy = load_planes(dy_sm, here)
+    sums = [(x * array).sum(axis=1) for array in (drive, left, dy)]
+    return drive * dt + D * dy, sums, dS

@@ -14,6 +14,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     across,
     down,
     load,
+    load_planes,
     params,
     split,
     tile,
@@ -21,18 +22,20 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
 )
 
 
-def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
-    """y_i = sum_{j <= i} 2^(cum_i - cum_j) dt_j (C_i . B_j) x_j + enter_i before C_i, within one chunk.
+def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
+    """y_i = sum_{j <= i} 2^(cum_i - cum_j) dt_j (C_i . B_j) x_j + enter_i before C_i + D x_i, for one chunk.
 
     x (planes, b, t, h p), B and C (planes, b, t, g n), before (planes, b, c, h p, n) as bfloat16 planes;
-    cum, dt and enter (b, c, h, 64), run (b, c, 64) float32.
+    D (h,), cum, dt and enter (b, c, h, 64), run (b, c, 64) float32.
     Returns y (b, t, h p) float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, block * p
 
-    def body(x_ref, B_ref, C_ref, before_ref, cum_ref, dt_ref, enter_ref, run_ref, y_ref, *scratch):
+    def ssd_outputs(
+        x_ref, B_ref, C_ref, before_ref, D_ref, cum_ref, dt_ref, enter_ref, run_ref, y_ref, *scratch
+    ):
         x_sm, B_sm, C_sm, before_sm, y_sm, loaded = scratch
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
@@ -55,7 +58,8 @@ def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
         def one_head(head, _):
             here = pl.ds(head * p, p)
             vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, dt_ref, enter_ref)]
-            y_sm[:, here] = _head(S, here, (x_sm, C_sm, before_sm, *vectors), tiles)
+            y = _head(S, here, (x_sm, C_sm, before_sm, *vectors), tiles)
+            y_sm[:, here] = y + D_ref[k * block + head] * load_planes(x_sm, here)
 
         lax.fori_loop(0, block, one_head, None, unroll=tiles.unroll)
         plgpu.commit_smem()
@@ -64,7 +68,7 @@ def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
 
     swizzle = min(128, 2 * tiles.swizzle)
     return plgpu.kernel(
-        body,
+        ssd_outputs,
         out_type=jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads * p), jnp.float32),
         scratch_types=[
             tile(tiles, CHUNK, width),
@@ -81,7 +85,7 @@ def outputs(x, B, C, before, cum, dt, enter, run, tiles: Tiles):
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
         compiler_params=params(),
-    )(x, B, C, before, cum, dt, enter, run)
+    )(x, B, C, before, D, cum, dt, enter, run)
 
 
 def _head(S, here, of_head, tiles):

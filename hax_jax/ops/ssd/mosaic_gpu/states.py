@@ -22,7 +22,7 @@ def chunk_states(x, weight, B, tiles: Tiles):
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, tiles.heads * tiles.head_dim
 
-    def body(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, loaded):
+    def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, loaded):
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
@@ -45,7 +45,7 @@ def chunk_states(x, weight, B, tiles: Tiles):
         out_ref[b, c, columns] = pl.run_scoped(product, plgpu.ACC((width, n), jnp.float32))
 
     return plgpu.kernel(
-        body,
+        ssd_chunk_states,
         out_type=jax.ShapeDtypeStruct((batch, chunks, heads * p, n), jnp.float32),
         scratch_types=[
             tile(tiles, CHUNK, width),
@@ -73,7 +73,7 @@ def carry_states(states, decay, first, tiles: Tiles, *, reverse: bool):
     block = next(size for size in (512, 256, 128) if (width * n // heads) % size == 0)
     layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // 128)
 
-    def body(states_ref, decay_ref, first_ref, before_ref, last_ref):
+    def ssd_carry_states(states_ref, decay_ref, first_ref, before_ref, last_ref):
         b, h = lax.axis_index("b"), lax.axis_index("h")
         here = pl.ds(lax.axis_index("k") * block, block)
 
@@ -93,7 +93,7 @@ def carry_states(states, decay, first, tiles: Tiles, *, reverse: bool):
         last_ref[b, h, here] = steps(whole * _AT_ONCE, rest, state)
 
     before, last = plgpu.kernel(
-        body,
+        ssd_carry_states,
         out_type=[
             jax.ShapeDtypeStruct((tiles.planes, batch, chunks, heads, size), jnp.bfloat16),
             jax.ShapeDtypeStruct((batch, heads, size), jnp.float32),
