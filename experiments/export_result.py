@@ -29,6 +29,7 @@ from hax_jax.models import build_model
 from hax_jax.training.environment import commit, git, read_sessions, resolved_implementation
 from hax_jax.training.files import plain, write_atomically
 from hax_jax.training.metrics import read_metrics
+from hax_jax.training.restore import check_single
 from hax_jax.training.workdir import RunFolder, RunResult, read_config
 
 MOST_POINTS = 200
@@ -93,6 +94,7 @@ def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
             str(workdir),
             f"its model is a module {config['module']} of its own",
         )
+    check_single(experiment, workdir)
     done = RunFolder(workdir, experiment).result()
     if done is None or done.stopped != "finished":
         raise ConfigError("workdir", "a finished run", str(workdir), "its own command goes on with it")

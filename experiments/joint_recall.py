@@ -6,6 +6,13 @@
 The second is the small form for a machine without a GPU. The run lives in --workdir (default runs/NAME);
 the same command again goes on where it stopped. --help lists every field that can be overridden.
 
+Several seeds and learning rates side by side in one program, every rate with every seed:
+
+    python experiments/joint_recall.py --config=configs/mamba2_hax.py \
+        --config.training.population_seeds=0,1,2 --config.training.population_learning_rates=3e-3,1e-3,3e-4
+
+Each member then has the folder of an ordinary run in WORKDIR/members; the test accuracy is their mean.
+
 Exit status: 0 finished; 1 the run could not go on; 2 bad input, said in one line; 143 stopped by a signal,
 with everything saved.
 """
@@ -50,6 +57,10 @@ def run(command: command_line.Command) -> int:
         return FAILED
     if result.test_accuracy is None:
         return INTERRUPTED
+    for member in result.members or ():
+        accuracy = member["test_accuracy"]
+        ended = member["stopped"] if accuracy is None else f"{100 * accuracy:.2f}%"
+        print(f"{member['name']}: {ended}")
     print(f"test accuracy: {100 * result.test_accuracy:.2f}%", flush=True)
     return FINISHED
 

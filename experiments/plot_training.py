@@ -18,8 +18,9 @@ from typing import Any
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from hax_jax.config import ConfigError
+from hax_jax.config import ConfigError, Experiment
 from hax_jax.training.metrics import read_metrics
+from hax_jax.training.restore import check_single
 from hax_jax.training.workdir import read_config
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -51,7 +52,9 @@ def plot(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the run in `workdir` to the file `out`; raises ConfigError where either cannot be used."""
     if out.suffix not in FORMATS:
         raise ConfigError("--out", f"a file named {', '.join(FORMATS)}", str(out), "change its ending")
-    name, entries = read_config(workdir)["experiment"]["name"], read_metrics(workdir)
+    config = read_config(workdir)
+    check_single(Experiment.from_dict(config["experiment"]), workdir)
+    name, entries = config["experiment"]["name"], read_metrics(workdir)
     if not any(entry["kind"] in ("train", "valid") for entry in entries):
         raise ConfigError("workdir", "a run that has logged a step", str(workdir), "train longer")
     try:

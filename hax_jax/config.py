@@ -6,10 +6,11 @@ runs receives these dataclasses, so a bad value is refused here, before anything
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from hax_jax.fields import Checked, ConfigError, choice, flag, integer, number, text
+from hax_jax.fields import Checked, ConfigError, as_numbers, choice, flag, integer, number, numbers, text
 
 SOURCES = (
     "full",
@@ -285,6 +286,9 @@ class TrainingConfig(Checked):
     # Updates in one compiled program; 0: as many as suit the device and the intervals above. Same results.
     steps_per_dispatch: int = integer(0, 0, 10_000)
     tensorboard: bool = flag(True)
+    # A population: every learning rate with every seed, trained side by side in one program.
+    population_seeds: str = numbers("", int, 2**31 - 1)
+    population_learning_rates: str = numbers("", float, 1e3)
 
     def check_combinations(self) -> None:
         if self.schedule != "constant":
@@ -345,6 +349,22 @@ class Experiment(Checked):
                 self.model.vocab_size,
                 "raise it, or lower data.n_value, data.max_n_key or data.max_n_context",
             )
+
+    @functools.cached_property
+    def members(self) -> "tuple[Experiment, ...]":
+        """The members of a population, each as the run that it is when trained alone; none without one."""
+        training = self.training
+        if not training.population_seeds and not training.population_learning_rates:
+            return ()
+        alone = dataclasses.replace(training, population_seeds="", population_learning_rates="")
+        return tuple(
+            dataclasses.replace(
+                self, name=f"{self.name}_lr{rate!r}_seed{seed}", seed=seed,
+                training=dataclasses.replace(alone, learning_rate=rate),
+            )
+            for rate in as_numbers(training.population_learning_rates, float) or [training.learning_rate]
+            for seed in as_numbers(training.population_seeds, int) or [self.seed]
+        )
 
     @classmethod
     def from_dict(cls, values: Any) -> "Experiment":

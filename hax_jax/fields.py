@@ -47,6 +47,29 @@ def text(default: str) -> Any:
     return checked_field(default, "a string", lambda value: isinstance(value, str) and "\0" not in value)
 
 
+def numbers(default: str, kind: type, high: float) -> Any:
+    """Up to 100 numbers >= 0 of a kind, int or float, separated by commas in a string that may be empty."""
+    name = {int: "integers", float: "numbers"}[kind]
+
+    def check(value):
+        if not isinstance(value, str):
+            return False
+        try:
+            found = as_numbers(value, kind)
+        except ValueError:
+            return False
+        return all(0 <= x <= high for x in found) and len(set(found)) == len(found) <= 100
+
+    return checked_field(
+        default, f"up to 100 {name} in 0..{high:.10g}, all different, separated by commas, or empty", check
+    )
+
+
+def as_numbers(value: str, kind: type) -> list[Any]:
+    """The numbers in such a string."""
+    return [kind(part) for part in value.split(",")] if value else []
+
+
 def flag(default: bool) -> Any:
     return checked_field(default, "True or False", lambda value: isinstance(value, bool))
 

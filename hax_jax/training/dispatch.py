@@ -1,17 +1,21 @@
 """Several updates in one program, so that the host has to start far fewer of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hax_jax.config import TrainingConfig
 
 # Without a setting this is the most: enough that the host costs nothing, few enough that a signal is
 # heeded soon.
 _MOST_STEPS = 20
+# The host runs ahead of a device by about this many seconds of steps, and no more dispatches than this.
+_AHEAD_SECONDS = 0.05
+_AHEAD_DISPATCHES = 16
 
 
 def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False) -> Callable[..., Any]:
@@ -73,6 +77,20 @@ def steps_until_due(step: int, training: TrainingConfig, most: int) -> int:
     last = max(step - step % every for every in _intervals(training))
     end = min(last + every - last % every for every in _intervals(training))
     return min(last + ((step - last) // most + 1) * most, end, training.num_steps) - step
+
+
+def dispatches_ahead(seconds_per_step: float | None, per_dispatch: int) -> int:
+    """How many dispatches may wait for a GPU or TPU when the host goes on to the next."""
+    if not seconds_per_step:
+        return 1
+    return min(max(math.ceil(_AHEAD_SECONDS / (seconds_per_step * per_dispatch)), 1), _AHEAD_DISPATCHES)
+
+
+def take_raws(batches: Iterator[Any], count: int, accumulation: int) -> Any:
+    """The raw batches of the next updates, with the leading axes (count, accumulation, batch size)."""
+    rows = [next(batches) for _ in range(count)]
+    shape = lambda x: (count, accumulation, -1, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(lambda *x: np.stack(x).reshape(shape(x[0])), *rows)
 
 
 def _intervals(training: TrainingConfig) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hax_jax.config import DataConfig
+from hax_jax.config import DataConfig, Experiment
 from hax_jax.training.sharding import put_batch, put_replicated, split_rows
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
@@ -152,6 +152,20 @@ class Evaluator:
         shapes = jax.eval_shape(self._split.materialize, raw)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         return max(_MAX_RESIDENT_BYTES // size, 1)
+
+
+def make_evaluators(
+    structure: ModelStructure, splits: dict[str, Any], experiment: Experiment, mesh: jax.sharding.Mesh
+) -> dict[Purpose, Evaluator]:
+    """Those of a run or a population for its splits 'valid' and 'test', which share what is compiled."""
+    compiled = compiled_score(structure, population=bool(experiment.members))
+    size, num_members = experiment.training.eval_batch_size, len(experiment.members) or None
+    return {
+        purpose: Evaluator(
+            structure, splits[name], purpose, experiment.data, size, mesh, compiled, num_members
+        )
+        for name, purpose in (("valid", Purpose.VALID), ("test", Purpose.TEST))
+    }
 
 
 def compiled_score(structure: ModelStructure, *, population: bool = False) -> Callable[..., Any]:

@@ -39,7 +39,8 @@ def prepare(
     """Finds out the structure of a run's state without making it, since a resumed run reads its own.
 
     Args:
-      experiment: the run; its `model` says what to build where `model` is None.
+      experiment: the run; its `model` says what to build where `model` is None. Of a population, arrays and
+        shapes have a leading axis of members.
       model: a module to train instead. Its arrays are copied, never changed.
       optimizer: whose state is part of the run's.
       mesh: the devices.
@@ -62,7 +63,22 @@ def prepare(
     # The seed is an argument, so that all members of a population begin by the same program.
     shapes = jax.eval_shape(make, np.int32(0), *given)
     compiled = jax.jit(make, out_shardings=replicated(mesh))
-    return Beginning(structure, shapes, lambda seed=experiment.seed: compiled(np.int32(seed), *given))
+    one = Beginning(structure, shapes, lambda seed=experiment.seed: compiled(np.int32(seed), *given))
+    return _stacked(one, [member.seed for member in experiment.members], mesh) if experiment.members else one
+
+
+def _stacked(beginning: Beginning, seeds: list[int], mesh: jax.sharding.Mesh) -> Beginning:
+    """The beginning of a population: arrays and shapes with a leading axis, a member a seed.
+
+    Each member is made by the program that makes it alone.
+    """
+
+    def stack(*states):
+        return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+    shapes = jax.eval_shape(stack, *[beginning.shapes] * len(seeds))
+    compiled = jax.jit(stack, out_shardings=replicated(mesh))
+    return Beginning(beginning.structure, shapes, lambda: compiled(*map(beginning.make, seeds)))
 
 
 def build(experiment: Experiment, seed: Any = None) -> nnx.Module:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from typing import Any
@@ -19,13 +18,20 @@ from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
-from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, steps_until_due
+from hax_jax.training.dispatch import (
+    dispatches_ahead,
+    make_dispatch,
+    steps_per_dispatch,
+    steps_until_due,
+    take_raws,
+)
 from hax_jax.training.errors import CheckpointError, TrainingError
-from hax_jax.training.evaluate import EvalResult, Evaluator, compiled_score
-from hax_jax.training.metrics import MetricsWriter, has_tensorboard
+from hax_jax.training.evaluate import EvalResult, make_evaluators
+from hax_jax.training.metrics import open_metrics
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
+from hax_jax.training.restore import read_best
 from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated, split_rows
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
@@ -35,9 +41,6 @@ from hax_jax.training.workdir import RunFolder, RunResult
 # Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
 _KEEP_NEWEST = 3
 _KEEP_BEST = 2
-# The host runs ahead of a device by about this many seconds of steps, and no more dispatches than this.
-_AHEAD_SECONDS = 0.05
-_AHEAD_DISPATCHES = 16
 # On a CPU the first steps are timed to say what the run will take, if that is longer than this many seconds.
 _STEPS_TIMED = 4
 _LONG = 3600.0
@@ -76,7 +79,10 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
         if (result := folder.result()) is not None:
             console.line(f"this run has finished before; its result is in {folder.path / 'result.json'}")
             return result
-        run = _Run(experiment, folder, model, console, stop)
+        # Imported here, because a population is a kind of run.
+        from hax_jax.training.population import PopulationRun
+
+        run = (PopulationRun if experiment.members else Run)(experiment, folder, model, console, stop)
         stack.callback(run.close)
         run.resume()
         # From here on nothing is fetched from a device but what the loop fetches itself.
@@ -93,14 +99,14 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Best:
+class Best:
     """The best validation so far."""
 
     step: int | None = None
     accuracy: float | None = None
 
 
-class _Run:
+class Run:
     """The parts of a run, made in the order in which they build on each other, and what steps change."""
 
     def __init__(
@@ -115,35 +121,31 @@ class _Run:
         self.folder, self.console, self.stop = folder, console, stop
 
         # Devices and data first: what can be refused is refused before anything is compiled.
-        size = self.training.eval_batch_size
-        self.mesh = make_mesh(batch_size=self.training.batch_size, eval_batch_size=size)
+        training = self.training
+        self.mesh = make_mesh(batch_size=training.batch_size, eval_batch_size=training.eval_batch_size)
         if model is not None and experiment.data.packing:
             check_takes_packed_rows(type(model))
-        devices = self.mesh.size
-        splits = {name: make_split(experiment.data, name, devices) for name in ("train", "valid", "test")}
-        self.accumulation = self.training.grad_accumulation_steps
-        rows, row_length = splits["train"].row_shape(self.training.batch_size)
-        self.positions = self.accumulation * rows * row_length
-        self.batches = splits["train"].iterator(self.training.batch_size * self.accumulation, repeat=True)
+        names = ("train", "valid", "test")
+        splits = {name: make_split(experiment.data, name, self.mesh.size) for name in names}
+        self.accumulation = training.grad_accumulation_steps
+        rows, row_length = splits["train"].row_shape(training.batch_size)
+        self.positions = max(len(experiment.members), 1) * self.accumulation * rows * row_length
+        self.batches = splits["train"].iterator(training.batch_size * self.accumulation, repeat=True)
 
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
-        optimizer = make_optimizer(self.training)
-        self.beginning = initialise.prepare(experiment, model, optimizer, self.mesh)
-        structure = self.beginning.structure
+        self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
+        structure, members = self.beginning.structure, experiment.members
         materialize = split_rows(self.mesh, splits["train"].materialize)
         step = make_rated_step(structure, materialize, self.training)
-        self.per_dispatch = steps_per_dispatch(self.training, self.mesh.devices.flat[0].platform)
-        self.update = jax.jit(
-            make_dispatch(step, known_length=not self._on_cpu()),
-            donate_argnums=0,
-            out_shardings=replicated(self.mesh),
-        )
-        self.peak = self._put(np.float32(self.training.learning_rate))
-        compiled = compiled_score(structure)
-        self.evaluators = {
-            purpose: Evaluator(structure, splits[name], purpose, experiment.data, size, self.mesh, compiled)
-            for name, purpose in (("valid", Purpose.VALID), ("test", Purpose.TEST))
-        }
+        if members:
+            # All members take the same batch, as they do alone: it depends on the data's seed.
+            step = jax.vmap(step, in_axes=(0, None, 0))
+        self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
+        dispatch = make_dispatch(step, known_length=not self._on_cpu())
+        self.update = jax.jit(dispatch, donate_argnums=0, out_shardings=replicated(self.mesh))
+        rates = [member.training.learning_rate for member in members] or training.learning_rate
+        self.peak = self._put(np.asarray(rates, np.float32))
+        self.evaluators = make_evaluators(structure, splits, experiment, self.mesh)
 
         # Where things are kept.
         self.writer = writer_thread()
@@ -151,7 +153,7 @@ class _Run:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", _KEEP_NEWEST, say, self.writer)
         self.best_checkpoints = Checkpoints(folder.path / "best", _KEEP_BEST, say, self.writer)
         self.step = self.last_saved = self.last_valid = 0
-        self.best = _Best()
+        self.best: Any = Best()
         self.unwritten: tuple[int, Any] | None = None
         self.refusals = Refusals(experiment, folder.path, say)
 
@@ -162,23 +164,34 @@ class _Run:
             if self.checkpoints.steps():
                 self.console.line("no checkpoint is whole: beginning anew; the damaged ones go to set_aside/")
             self.checkpoints.set_aside_after(-1)
-            self.state = self.beginning.make()
+            self._begin()
         else:
-            check_matches(restored, self.experiment.to_dict(), self.beginning.shapes, self.checkpoints.folder)
+            shapes = self._shapes()
+            check_matches(restored, self.experiment.to_dict(), shapes, self.checkpoints.folder)
             self.checkpoints.set_aside_after(restored.step)
-            self.state = fill(self.beginning.shapes, restored.arrays, self._put)
+            self._take_up(fill(shapes, restored.arrays, self._put), restored)
             self.batches.set_state(restored.meta["data"])
             self.step = self.last_saved = restored.step
-            self.last_valid, self.best = restored.meta["last_valid"], _Best(**restored.meta["best"])
-            self.refusals.count = int(restored.arrays["refused"])
+            self.last_valid = restored.meta["last_valid"]
             self.console.line(f"going on from step {self.step}, saved in {self.checkpoints.folder}")
-        board = self.training.tensorboard
-        if board and not has_tensorboard():
-            self.console.line("tensorboardX is not installed: the metrics go to metrics.jsonl alone")
-            board = False
-        self.metrics = MetricsWriter(self.folder.path, self.step, self.last_valid, board)
-        if self.metrics.num_torn:
-            self.console.line(f"left out {self.metrics.num_torn} unreadable lines of metrics.jsonl")
+        board, say = self.training.tensorboard, self.console.line
+        self.metrics = open_metrics(self.folder.path, self.step, self.last_valid, board, say)
+
+    def _begin(self) -> None:
+        self.state = self.beginning.make()
+
+    def _shapes(self) -> Any:
+        """What a checkpoint holds, as shapes."""
+        return self.beginning.shapes
+
+    def _saved(self) -> Any:
+        """What a checkpoint holds."""
+        return self.state
+
+    def _take_up(self, saved: Any, restored: Restored) -> None:
+        """Goes on from what a checkpoint held."""
+        self.state, self.best = saved, Best(**restored.meta["best"])
+        self.refusals.count = int(restored.arrays["refused"])
 
     def train(self) -> None:
         """Steps until the last one or a signal; validates and saves on the way."""
@@ -262,10 +275,7 @@ class _Run:
     def _take_steps(self) -> dict[str, jax.Array]:
         """Starts one dispatch; the metrics are those of its last step."""
         count = steps_until_due(self.step, self.training, self.per_dispatch)
-        rows = [next(self.batches) for _ in range(count)]
-        raws = jax.tree.map(
-            lambda *x: np.stack(x).reshape(count, self.accumulation, -1, *x[0].shape[1:]), *rows
-        )
+        raws = take_raws(self.batches, count, self.accumulation)
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
@@ -289,10 +299,7 @@ class _Run:
         if self._on_cpu():
             # Several programs at once on simulated devices can wait for each other for ever.
             return 1 if self.mesh.size == 1 else 0
-        seconds = self.progress.seconds_per_step
-        if not seconds:
-            return 1
-        return min(max(math.ceil(_AHEAD_SECONDS / (seconds * self.per_dispatch)), 1), _AHEAD_DISPATCHES)
+        return dispatches_ahead(self.progress.seconds_per_step, self.per_dispatch)
 
     def _on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
@@ -317,7 +324,7 @@ class _Run:
     def _validate(self) -> None:
         begin = time.perf_counter()
         self._write_metrics()
-        self._check_refused(int(jax.device_get(self.state.refused)), int(jax.device_get(self.state.bad_step)))
+        self._check_state()
         scores = self._score(Purpose.VALID, self.state.params, self.state.buffers)
         if scores is None:
             return
@@ -332,33 +339,40 @@ class _Run:
             f"accuracy {100 * scores.accuracy:.2f}%{'  best so far' if is_best else ''}  ({seconds:.3g} s)"
         )
         if is_best:
-            self.best = _Best(self.step, scores.accuracy)
+            self.best = Best(self.step, scores.accuracy)
             arrays = {"params": self.state.params, "buffers": self.state.buffers}
             self.best_checkpoints.save(self.step, arrays, self._meta())
         self.progress.pause(time.perf_counter() - begin)
 
     def _score(self, purpose: Purpose, params: Any, buffers: Any) -> EvalResult | None:
         results = self.evaluators[purpose](params, buffers, self.state.key, stop=lambda: bool(self.stop))
-        return results and results[0]
+        return results[0] if results else None
 
     def _save(self) -> None:
         if self.step == self.last_saved:
             return
         begin = time.perf_counter()
         self._write_metrics()
-        self._check_refused(int(jax.device_get(self.state.refused)), int(jax.device_get(self.state.bad_step)))
+        self._check_state()
         self.metrics.flush()
-        self.checkpoints.save(self.step, self.state, self._meta() | {"data": self.batches.get_state()})
+        self.checkpoints.save(self.step, self._saved(), self._meta() | {"data": self.batches.get_state()})
         self.last_saved = self.step
         self.progress.pause(time.perf_counter() - begin)
 
     def _meta(self) -> dict[str, Any]:
         return {
             "experiment": self.experiment.to_dict(),
-            "best": dataclasses.asdict(self.best),
+            "best": self._best_meta(),
             "last_valid": self.last_valid,
             "versions": {"hax_jax": hax_jax.__version__, "jax": jax.__version__, "flax": flax.__version__},
         }
+
+    def _best_meta(self) -> Any:
+        return dataclasses.asdict(self.best)
+
+    def _check_state(self) -> None:
+        refused, bad_step = jax.device_get((self.state.refused, self.state.bad_step))
+        self._check_refused(int(refused), int(bad_step))
 
     def _check_refused(self, count: int, bad_step: int) -> None:
         """Says which updates were refused, and ends the run where they are too many."""
@@ -374,21 +388,10 @@ class _Run:
     def _read_best(self) -> dict[str, Any]:
         """The arrays of the best checkpoint, or of the next best if that one is damaged."""
         # The last step is always validated, so there is a best one.
-        best_step = self.best.step or 0
-        restored: Restored | None
-        try:
-            self.best_checkpoints.wait()
-            restored = self.best_checkpoints.read(best_step)
-        except CheckpointError as error:
-            self.console.line(f"{error}; testing the one before it")
-            restored = self.best_checkpoints.newest(at_most=best_step - 1)
-            if restored is None:
-                raise CheckpointError(
-                    f"No checkpoint in {self.best_checkpoints.folder} is whole, so there is nothing to test. "
-                    f"The last state of the training is in {self.checkpoints.folder}: "
-                    "`experiments/evaluate.py WORKDIR --checkpoint=latest` scores it."
-                ) from error
-            self.best = _Best(**restored.meta["best"])
+        restored = read_best(
+            self.best_checkpoints, self.best.step or 0, self.checkpoints.folder, self.console.line
+        )
+        self.best = Best(**restored.meta["best"])
         like = {"params": self.beginning.shapes.params, "buffers": self.beginning.shapes.buffers}
         check_matches(restored, self.experiment.to_dict(), like, self.best_checkpoints.folder)
         return fill(like, restored.arrays, self._put)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ TIMING_FIELDS = ("steps_per_s", "positions_per_s", "tokens_per_s", "seconds")
 
 class MetricsWriter:
     """Appends one JSON object a line: `step`, `kind` ('train', 'valid' or 'test'), then numbers.
+
+    Of a population there is such a line for each member, whose number is `member`.
 
     Opening drops what a run that goes on from `step` will write again: lines beyond it, validations beyond
     `last_valid`, the test's line, and lines torn by a crash. The rest stays byte for byte.
@@ -51,9 +53,10 @@ class MetricsWriter:
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         if self._board is not None:
+            member = f"/{values['member']}" if "member" in values else ""
             for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+                if isinstance(value, int | float) and name != "member":
+                    self._board.add_scalar(f"{kind}/{name}{member}", value, step)
 
     def flush(self) -> None:
         """Returns when all lines are on the disk."""
@@ -67,6 +70,19 @@ class MetricsWriter:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def open_metrics(
+    workdir: pathlib.Path, step: int, last_valid: int, tensorboard: bool, say: Callable[[str], None]
+) -> MetricsWriter:
+    """A `MetricsWriter`, without TensorBoard where that is missing; says so, and what was unreadable."""
+    if tensorboard and not has_tensorboard():
+        say("tensorboardX is not installed: the metrics go to metrics.jsonl alone")
+        tensorboard = False
+    writer = MetricsWriter(workdir, step, last_valid, tensorboard)
+    if writer.num_torn:
+        say(f"left out {writer.num_torn} unreadable lines of metrics.jsonl")
+    return writer
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hax_jax.config import ConfigError, DataConfig, Experiment
 from hax_jax.data import make_split
-from hax_jax.training.checkpoints import Checkpoints, check_matches, fill
+from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill
 from hax_jax.training.errors import CheckpointError
 from hax_jax.training.evaluate import EvalResult, Evaluator
 from hax_jax.training.initialise import build
@@ -69,6 +69,7 @@ def load(
             f"its model is a module {config['module']} of its own: "
             "use hax_jax.training.load(workdir, model=...) and score",
         )
+    check_single(experiment, workdir)
     folder = (workdir / FOLDERS[checkpoint]).absolute()
     checkpoints = Checkpoints(folder, keep=1, say=say)
     restored = checkpoints.newest()
@@ -81,6 +82,15 @@ def load(
     check_matches(restored, experiment.to_dict(), like, folder)
     arrays = fill(like, restored.arrays, lambda arrays: put_replicated(make_mesh(), arrays))
     return Trained(experiment, restored.step, structure, arrays["params"], arrays["buffers"])
+
+
+def check_single(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Raises ConfigError where a folder is that of a population, whose members have folders of their own."""
+    if experiment.members:
+        raise ConfigError(
+            "workdir", "the folder of a run of one model", str(workdir),
+            f"it is a population: name one of the folders in {workdir / 'members'}",
+        )
 
 
 def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None = None) -> EvalResult:
@@ -110,3 +120,32 @@ def score(trained: Trained, split: str, data: DataConfig, batch_size: int | None
     results = evaluator(trained.params, trained.buffers, key)
     assert results is not None
     return results[0]
+
+
+def read_best(
+    checkpoints: Checkpoints, step: int, latest: pathlib.Path, say: Callable[[str], None]
+) -> Restored:
+    """The best checkpoint of a run, or the next best if that one is damaged.
+
+    Args:
+      checkpoints: those of the best.
+      step: of the best one.
+      latest: the folder of the other checkpoints, for the message.
+      say: prints a line where the best one is passed over.
+
+    Raises:
+      CheckpointError: none is whole.
+    """
+    try:
+        checkpoints.wait()
+        return checkpoints.read(step)
+    except CheckpointError as error:
+        say(f"{error}; testing the one before it")
+        restored = checkpoints.newest(at_most=step - 1)
+        if restored is None:
+            raise CheckpointError(
+                f"No checkpoint in {checkpoints.folder} is whole, so there is nothing to test. "
+                f"The last state of the training is in {latest}: "
+                "`experiments/evaluate.py WORKDIR --checkpoint=latest` scores it."
+            ) from error
+        return restored

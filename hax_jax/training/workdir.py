@@ -36,6 +36,10 @@ class RunResult:
       test_by_size: the test split by table size: `n_context`, `n_key` (lists of sizes), `accuracy` (a row a
         context count, a column a key count) and `num_items`.
       refused_updates: batches skipped because their loss or gradient was not finite.
+      test_accuracy_std: of a population, whose other numbers are means over the members that finished, the
+        standard deviation between them; None for fewer than two.
+      members: of a population, each member's `name`, `seed`, `learning_rate` and result, where `stopped` is
+        'finished', or 'non-finite' for one that refused too many updates.
     """
 
     stopped: str
@@ -46,6 +50,8 @@ class RunResult:
     test_loss: float | None = None
     test_by_size: dict[str, Any] | None = None
     refused_updates: int = 0
+    test_accuracy_std: float | None = None
+    members: list[dict[str, Any]] | None = None
 
 
 class RunFolder:

@@ -255,7 +255,7 @@ def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hax_jax.training.loop.MetricsWriter.write", full)
+    monkeypatch.setattr("hax_jax.training.metrics.MetricsWriter.write", full)
     with pytest.raises(TrainingError, match="No space left on device"):
         train(tiny_experiment(), tmp_path, model=TinyModel())
 
