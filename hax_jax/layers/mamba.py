@@ -102,11 +102,12 @@ class Mamba(nnx.Module):
         wide_dtype = wide(A_log.dtype)
         y, _ = selective_scan(
             x,
-            jax.nn.softplus(dt.astype(wide_dtype)),
+            dt,
             -jnp.exp(A_log.astype(wide_dtype)),
             B,
             C,
             D=self.D[...],
+            softplus=True,
             segment_ids=sequence.segment_ids,
             chunk_size=self.config.chunk_size,
             implementation=self.config.op_implementation,

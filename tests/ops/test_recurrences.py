@@ -27,7 +27,7 @@ def scan_inputs(length: int):
     g = rng(2, length)
     return {
         "x": normal(g, BATCH, length, 6),
-        "dt": jax.nn.softplus(normal(g, BATCH, length, 6) - 1),
+        "dt": normal(g, BATCH, length, 6) - 1,
         "A": -jnp.exp(normal(g, 6, 3)),
         "B": normal(g, BATCH, length, 3),
         "C": normal(g, BATCH, length, 3),
@@ -51,7 +51,12 @@ def ssd_inputs(length: int):
 
 OPS = {
     "causal_conv1d": (ops.causal_conv1d, conv_inputs, {}, forms_of("causal_conv1d")),
-    "selective_scan": (ops.selective_scan, scan_inputs, {"chunk_size": 16}, forms_of("selective_scan")),
+    "selective_scan": (
+        ops.selective_scan,
+        scan_inputs,
+        {"chunk_size": 16, "softplus": True},
+        forms_of("selective_scan"),
+    ),
     "ssd": (ops.ssd, ssd_inputs, {"chunk_size": 16}, forms_of("ssd")),
 }
 FORMS = [(name, form) for name, spec in OPS.items() for form in spec[3] if form != "reference"]

@@ -20,13 +20,14 @@ from tests.ops.cases import (
 )
 
 
-def make_inputs(batch: int, length: int, channels: int, states: int, dtype=jnp.float32):
+def make_inputs(batch: int, length: int, channels: int, states: int, dtype=jnp.float32, softplus=False):
     """Inputs as a trained model makes them: time steps below 1 mostly, rates from about 1 to `states`."""
     g = rng(21, length)
     spread = normal(g, channels, states) * 0.1
+    dt = normal(g, batch, length, channels) - 2
     return {
         "x": normal(g, batch, length, channels, dtype=dtype),
-        "dt": jax.nn.softplus(normal(g, batch, length, channels) - 2),
+        "dt": dt.astype(dtype) if softplus else jax.nn.softplus(dt),
         "A": -jnp.arange(1.0, states + 1) * jnp.exp(spread),
         "B": normal(g, batch, length, states, dtype=dtype),
         "C": normal(g, batch, length, states, dtype=dtype),
@@ -59,15 +60,15 @@ INTERPRETED = {
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_interpreted_kernels_equal_the_reference(case):
     tiles, channels, length, everything = INTERPRETED[case]
-    inputs, segment_ids = make_inputs(1, length, channels, 8), None
+    inputs, segment_ids = make_inputs(1, length, channels, 8, softplus=everything), None
     if everything:
         inputs["D"], inputs["initial_state"] = normal(rng(22), channels), normal(rng(24), 1, channels, 8)
         segment_ids = make_segments(rng(23), 1, length)
-    want = run(reference.selective_scan, inputs, segment_ids, 64)
+    want = run(reference.selective_scan, inputs, segment_ids, 64, everything)
     # The interpreter does not know that reads beyond the end give zeros, so whole tiles are made before.
     tiles = Tiles(**{**vars(tiles), "pad": True})
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, segment_ids, tiles))
+        got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, segment_ids, everything, tiles))
     assert_close(got, want)
 
 
@@ -75,14 +76,14 @@ def test_interpreted_kernels_equal_the_reference(case):
 def test_kernels_lower_for_a_gpu_without_one(states, dtype):
     """Layouts, shared memory and copies are checked on any machine; lengths and channels as in the task."""
     length, channels = 1057, 128
-    inputs = jax.eval_shape(lambda: make_inputs(2, length, channels, states, dtype))
+    inputs = jax.eval_shape(lambda: make_inputs(2, length, channels, states, dtype, softplus=True))
     inputs["D"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
     inputs["initial_state"] = jax.ShapeDtypeStruct((2, channels, states), jnp.float32)
     segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
     tiles = Tiles(steps=16 if states == 8 else 8, programs=16, backward_programs=16)
 
     def loss(inputs, segment_ids):
-        y, state = mosaic_gpu.scan_in_tiles(**inputs, segment_ids=segment_ids, tiles=tiles)
+        y, state = mosaic_gpu.scan_in_tiles(**inputs, segment_ids=segment_ids, softplus=True, tiles=tiles)
         return y.sum() + state.sum()
 
     lowered = jax.jit(jax.grad(loss)).trace(inputs, segment_ids).lower(lowering_platforms=("cuda",))
@@ -124,13 +125,13 @@ def poison_memory() -> None:
     [(2, 1, 32, True), (3, 65, 64, True), (2, 1057, 128, False), (2, 1057, 128, True), (1, 4099, 256, True)],
 )
 def test_kernels_equal_the_reference(batch, length, channels, everything, dtype):
-    inputs, segment_ids = make_inputs(batch, length, channels, 16, dtype), None
+    inputs, segment_ids = make_inputs(batch, length, channels, 16, dtype, softplus=everything), None
     if everything:
         inputs["D"], inputs["initial_state"] = normal(rng(22), channels), normal(rng(24), batch, channels, 16)
         segment_ids = make_segments(rng(23), batch, length)
-    want = run(reference.selective_scan, inputs, segment_ids, 64)
+    want = run(reference.selective_scan, inputs, segment_ids, 64, everything)
     poison_memory()
-    got = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    got = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, everything)
     assert_close(got, want, dtype)
 
 
@@ -138,9 +139,9 @@ def test_kernels_equal_the_reference(batch, length, channels, everything, dtype)
 def test_kernels_give_the_same_bits_twice():
     inputs = make_inputs(8, 1057, 128, 16, jnp.bfloat16)
     segment_ids = make_segments(rng(23), 8, 1057)
-    first = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    first = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, False)
     poison_memory()
-    second = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64)
+    second = run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, False)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -148,7 +149,7 @@ def test_kernels_give_the_same_bits_twice():
 @pytest.mark.gpu
 def test_kernels_equal_the_chunked_form_at_the_tasks_size():
     inputs = make_inputs(64, 1057, 128, 16)
-    got = run(mosaic_gpu.selective_scan, inputs, None, 64)
-    want = run(xla.selective_scan, inputs, None, 64)
+    got = run(mosaic_gpu.selective_scan, inputs, None, 64, False)
+    want = run(xla.selective_scan, inputs, None, 64, False)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) <= TOLERANCE["float32"]

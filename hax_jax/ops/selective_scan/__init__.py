@@ -24,6 +24,7 @@ def selective_scan(
     D: Float[Array, " e"] | None = None,
     initial_state: Float[Array, "b e n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    softplus: bool = False,
     chunk_size: int = 64,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
@@ -33,12 +34,13 @@ def selective_scan(
 
     Args:
       x: (b, t, e) inputs.
-      dt: (b, t, e) time steps, already positive (after the softplus).
+      dt: (b, t, e) time steps, positive; or any numbers, with `softplus`.
       A: (e, n), negative.
       B, C: (b, t, n).
       D: (e,), weight of the skip; none where None.
       initial_state: (b, e, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
+      softplus: take softplus(dt) for dt, which the kernels do without writing it to memory.
       chunk_size: positions held in memory at once by 'xla'.
       implementation: None, 'reference' (a step at a time), 'xla' (chunks of `lax.associative_scan`) or
         'mosaic_gpu' (kernels for Hopper GPUs).
@@ -65,4 +67,4 @@ def selective_scan(
         dispatch.check_shape("selective_scan", "initial_state", initial_state.shape, (b, e, n), "b, e, n")
     if segment_ids is not None:
         dispatch.check_shape("selective_scan", "segment_ids", segment_ids.shape, (b, t), "b, t")
-    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
+    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus)

@@ -53,8 +53,8 @@ class Tiles:
     keep_decays: bool = True
     pad: bool = False
 
-    def plan(self, x: jax.Array, states: int, backward: bool) -> Plan:
-        batch, length, channels = x.shape
+    def plan(self, x: jax.Array, states: int, length: int, softplus: bool, backward: bool) -> Plan:
+        batch, _, channels = x.shape
         lanes, groups, programs = self.lanes, self.groups, self.programs
         if backward:
             lanes, groups, programs = self.backward_lanes, self.backward_groups, self.backward_programs
@@ -68,7 +68,7 @@ class Tiles:
             lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
         chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
-        return Plan(batch, length, channels, states, self.steps, lanes, groups, chunks)
+        return Plan(batch, length, channels, states, self.steps, lanes, groups, chunks, softplus)
 
 
 def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
@@ -86,17 +86,17 @@ def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Arra
     return None
 
 
-def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus):
     """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
     del chunk_size
     if reason := why_not(x, dt, A, B, C) or dispatch.missing_for_mosaic_gpu():
         raise ValueError(
             f"`implementation` of selective_scan cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
         )
-    return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, Tiles())
+    return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus, Tiles())
 
 
-def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
+def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool, tiles: Tiles):
     """`selective_scan` with the work cut as `tiles` says."""
     length = x.shape[1]
     A, D, initial_state = (None if p is None else p.astype(jnp.float32) for p in (A, D, initial_state))
@@ -107,25 +107,25 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
         reset = pad_time(reset, kernels.RESET_ROW, axis=2)
     if tiles.pad:
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
-    y, last = _scan(x, dt, A, B, C, D, initial_state, reset, tiles)
+    y, last = _scan(x, dt, A, B, C, D, initial_state, reset, length, softplus, tiles)
     return y[:, :length], last
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _scan(x, dt, A, B, C, D, start, reset, tiles):
-    y, last, _ = _forward(x, dt, A, B, C, D, start, reset, tiles, save=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+def _scan(x, dt, A, B, C, D, start, reset, length, softplus, tiles):
+    y, last, _ = _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save=False)
     return y, last
 
 
-def _scan_forward(x, dt, A, B, C, D, start, reset, tiles):
-    y, last, entry = _forward(x, dt, A, B, C, D, start, reset, tiles, save=True)
+def _scan_forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles):
+    y, last, entry = _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save=True)
     return (y, last), (x, dt, A, B, C, D, start, reset, entry)
 
 
-def _scan_backward(tiles, saved, gradients):
+def _scan_backward(length, softplus, tiles, saved, gradients):
     x, dt, A, B, C, D, start, reset, entry = saved
     dy, dlast = gradients
-    plan = tiles.plan(x, A.shape[1], backward=True)
+    plan = tiles.plan(x, A.shape[1], length, softplus, backward=True)
     inputs = {"dt": dt, "dy": dy, "C": C, "reset": reset}
     chunks = _chunks(inputs, A, plan, reverse=True)
     inputs |= {"x": x, "B": B, "entry": entry}
@@ -149,10 +149,11 @@ def _scan_backward(tiles, saved, gradients):
             "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
             "ddt_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), dt.dtype),
             "parts": plgpu.SMEM((2, plan.group, plan.parts_row), jnp.float32),
+            **({"slopes": plgpu.SMEM((plan.steps, plan.width), jnp.float32)} if softplus else {}),
         },
     )
     dB, dC = (
-        share.sum(axis=1).reshape(plan.batch, -1, plan.states)[:, : plan.length].astype(array.dtype)
+        share.sum(axis=1).reshape(plan.batch, -1, plan.states)[:, : array.shape[1]].astype(array.dtype)
         for share, array in ((results["dB"], B), (results["dC"], C))
     )
     dA = results["dA"].sum(axis=(0, 1))
@@ -165,8 +166,8 @@ def _scan_backward(tiles, saved, gradients):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _forward(x, dt, A, B, C, D, start, reset, tiles, save):
-    plan = tiles.plan(x, A.shape[1], backward=False)
+def _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save):
+    plan = tiles.plan(x, A.shape[1], length, softplus, backward=False)
     inputs = {"dt": dt, "x": x, "B": B, "reset": reset}
     chunks = _chunks(inputs, A, plan, reverse=False)
     outputs = {
@@ -222,6 +223,8 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
         f"{name}_tile": plgpu.SMEM((kernels.SLOTS, *shapes.get(name, (plan.steps, plan.width))), array.dtype)
         for name, array in timed.items()
     }
+    if plan.softplus:
+        scratch["time_steps"] = plgpu.SMEM((plan.steps, plan.width), jnp.float32)
     scratch["full"] = plgpu.Barrier(num_barriers=kernels.SLOTS, num_arrivals=len(timed))
     names = (*inputs, *outputs, *scratch)
 

@@ -42,6 +42,7 @@ class Plan:
     lanes: int
     groups: int
     chunks: int
+    softplus: bool
 
     @property
     def group(self) -> int:
@@ -135,6 +136,8 @@ class _Program:
         def step(index, carry):
             slot = lax.rem(index, jnp.int32(SLOTS))
             plgpu.barrier_wait(self.refs.full.at[slot])
+            if self.plan.softplus:
+                self.make_time_steps(self.tile_of(index), slot)
             carry = body(self.tile_of(index), slot, carry)
             # Every body ends with a barrier of its warpgroup after its last look at the slot.
 
@@ -145,6 +148,25 @@ class _Program:
             return carry
 
         return lax.fori_loop(jnp.int32(0), self.count, step, carry)
+
+    def make_time_steps(self, tile: jax.Array, slot: jax.Array) -> None:
+        """Softplus of a whole tile at once, and its slope for the backward pass; dt = 0 beyond the end."""
+        plan = self.plan
+        shape = (plan.steps, plan.width)
+        layout = plgpu.Layout.WG_STRIDED(shape, vec_size=min(4, math.prod(shape) // WARPGROUP))
+        raw = plgpu.load(self.refs.dt_tile.at[slot], layout=layout, optimized=False).astype(jnp.float32)
+        inside = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) < plan.length - tile * plan.steps
+        small = jnp.exp2(-LOG2_E * jnp.abs(raw))
+        # log(1 + small) = 2 artanh(small / (2 + small)), whose series keeps its relative accuracy near 0.
+        ratio = small / (2 + small)
+        square = ratio * ratio
+        series = jnp.full_like(square, 1 / 15)
+        for odd in range(13, 0, -2):
+            series = series * square + 1 / odd
+        self.refs.time_steps[...] = jnp.where(inside, jnp.maximum(raw, 0) + 2 * ratio * series, 0)
+        if hasattr(self.refs, "slopes"):
+            self.refs.slopes[...] = jnp.where(raw > 0, 1.0, small) / (1 + small)
+        plgpu.commit_smem()
 
     def group(self, j: int):
         """The j-th group's place among all channels."""
@@ -182,7 +204,10 @@ class _Program:
 
     def channels_at(self, name: str, slot, t: int, j: int) -> jax.Array:
         """Values of the j-th group's channels at position t of the tile, (group,) float32."""
-        ref = getattr(self.refs, f"{name}_tile").at[slot, t, self.in_tile(j)]
+        if name == "slope" or (name == "dt" and self.plan.softplus):
+            ref = (self.refs.slopes if name == "slope" else self.refs.time_steps).at[t, self.in_tile(j)]
+        else:
+            ref = getattr(self.refs, f"{name}_tile").at[slot, t, self.in_tile(j)]
         return plgpu.load(ref, layout=self.row, optimized=False).astype(jnp.float32)
 
     def states_at(self, name: str, slot, t: int) -> jax.Array:
@@ -391,7 +416,10 @@ def _backward_steps(program: _Program, parameters, states, decays, slot, carry):
                 dx = dx + skip[j] * dy
                 dD[j] = dD[j] + x * dy
             refs.dx_tile[slot, t, lanes] = dx.astype(refs.dx_tile.dtype)
-            refs.ddt_tile[slot, t, lanes] = (x * ddrive + ddecay).astype(refs.ddt_tile.dtype)
+            ddt = x * ddrive + ddecay
+            if plan.softplus:
+                ddt = ddt * program.channels_at("slope", slot, t, j)
+            refs.ddt_tile[slot, t, lanes] = ddt.astype(refs.ddt_tile.dtype)
         place = pl.ds(t * plan.states, plan.states)
         refs.parts[0, :, place] = dB
         refs.parts[1, :, place] = dC

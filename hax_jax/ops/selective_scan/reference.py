@@ -1,5 +1,6 @@
 """The recurrence a step at a time."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -7,10 +8,11 @@ from hax_jax.ops import segments
 from hax_jax.ops.numerics import wide
 
 
-def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus):
     del chunk_size
     dtype = wide(x.dtype, A.dtype)
     x, dt, A, B, C = (array.astype(dtype) for array in (x, dt, A, B, C))
+    dt = jax.nn.softplus(dt) if softplus else dt
     reset = segments.starts(segments.as_array(segment_ids, x.shape[:2]))
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)

@@ -19,10 +19,11 @@ def _combine(left, right):
     return left_decay * right_decay, right_decay * left_drive + right_drive
 
 
-def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
+def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus):
     batch, length, _ = x.shape
     dtype = wide(x.dtype, A.dtype)
     A = A.astype(dtype)
+    dt = jax.nn.softplus(dt.astype(dtype)) if softplus else dt
     chunk_size = min(chunk_size, length)
     keep = ~segments.starts(segments.as_array(segment_ids, x.shape[:2]))
     if initial_state is None:
