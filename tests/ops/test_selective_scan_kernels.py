@@ -57,6 +57,17 @@ INTERPRETED = {
 }
 
 
+def test_interpreted_kernels_widen_bfloat16():
+    inputs = make_inputs(1, 7, 32, 8, jnp.bfloat16, softplus=True)
+    want = run(reference.selective_scan, inputs, None, 64, True)
+    tiles = Tiles(steps=8, programs=1, backward_programs=1, pad=True)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, None, True, tiles))
+    assert_close(got[0], want[0])
+    # Gradients are rounded to the inputs' bfloat16 at the end.
+    assert_close(got[1], want[1], "bfloat16")
+
+
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_interpreted_kernels_equal_the_reference(case):
     tiles, channels, length, everything = INTERPRETED[case]

@@ -130,7 +130,6 @@ def _scan_backward(length, softplus, tiles, saved, gradients):
     chunks = _chunks(inputs, A, plan, reverse=True)
     inputs |= {"x": x, "B": B, "entry": entry}
     states = (plan.batch, plan.channels, plan.states)
-    shares = _float32(plan.batch, plan.blocks, plan.tiles, plan.tile_states)
     results = _call(
         functools.partial(kernels.backward_body, keep_decays=tiles.keep_decays),
         plan,
@@ -139,8 +138,7 @@ def _scan_backward(length, softplus, tiles, saved, gradients):
         {
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "ddt": jax.ShapeDtypeStruct(dt.shape, dt.dtype),
-            "dB": shares,
-            "dC": shares,
+            "dBC": _float32(plan.batch, plan.blocks, plan.tiles, 2 * plan.tile_states),
             "dA": _float32(plan.batch, plan.chunks, *A.shape),
             "dstart": _float32(*states),
             **({} if D is None else {"dD": _float32(plan.batch, plan.chunks, plan.channels)}),
@@ -148,13 +146,14 @@ def _scan_backward(length, softplus, tiles, saved, gradients):
         {
             "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
             "ddt_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), dt.dtype),
-            "parts": plgpu.SMEM((2, plan.group, plan.parts_row), jnp.float32),
+            "parts": plgpu.SMEM((plan.group, plan.parts_row), jnp.float32),
             **({"slopes": plgpu.SMEM((plan.steps, plan.width), jnp.float32)} if softplus else {}),
         },
     )
+    dBC = results["dBC"].sum(axis=1).reshape(plan.batch, plan.tiles, 2, plan.steps, plan.states)
     dB, dC = (
-        share.sum(axis=1).reshape(plan.batch, -1, plan.states)[:, : array.shape[1]].astype(array.dtype)
-        for share, array in ((results["dB"], B), (results["dC"], C))
+        dBC[:, :, which].reshape(plan.batch, -1, plan.states)[:, : array.shape[1]].astype(array.dtype)
+        for which, array in enumerate((B, C))
     )
     dA = results["dA"].sum(axis=(0, 1))
     dD = None if D is None else results["dD"].sum(axis=(0, 1))
@@ -223,6 +222,9 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
         f"{name}_tile": plgpu.SMEM((kernels.SLOTS, *shapes.get(name, (plan.steps, plan.width))), array.dtype)
         for name, array in timed.items()
     }
+    for name in ("B", "C"):
+        if name in timed and timed[name].dtype != jnp.float32:
+            scratch[f"wide_{name}"] = plgpu.SMEM((plan.steps, plan.states), jnp.float32)
     if plan.softplus:
         scratch["time_steps"] = plgpu.SMEM((plan.steps, plan.width), jnp.float32)
     scratch["full"] = plgpu.Barrier(num_barriers=kernels.SLOTS, num_arrivals=len(timed))

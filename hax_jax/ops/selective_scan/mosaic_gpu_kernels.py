@@ -22,6 +22,9 @@ WARPGROUP = 128
 LOG2_E = math.log2(math.e)
 # The exponent at the first position of a segment: exp2 of it is 0, and it is far from the infinities.
 RESET = -1e30
+# Positions whose values are loaded before the results of one are stored.
+FORWARD_AHEAD = 3
+BACKWARD_AHEAD = 2
 # Chunks joined at a time.
 JOINED = 4
 # Tiles in flight or in use at a time.
@@ -73,8 +76,8 @@ class Plan:
 
     @property
     def parts_row(self) -> int:
-        """Row of the lanes' parts of dB or dC, padded so that neighbouring rows begin in different banks."""
-        return self.tile_states + (16 if self.lanes == 4 else 4)
+        """A channel's parts of dB and dC, padded so that neighbouring rows begin in different banks."""
+        return 2 * self.tile_states + (16 if self.lanes == 4 else 4)
 
     def state_layout(self) -> Any:
         """Layout of a (group, n) array: warps and most lanes along channels, `lanes` lanes along states."""
@@ -136,8 +139,7 @@ class _Program:
         def step(index, carry):
             slot = lax.rem(index, jnp.int32(SLOTS))
             plgpu.barrier_wait(self.refs.full.at[slot])
-            if self.plan.softplus:
-                self.make_time_steps(self.tile_of(index), slot)
+            self.prepare(self.tile_of(index), slot)
             carry = body(self.tile_of(index), slot, carry)
             # Every body ends with a barrier of its warpgroup after its last look at the slot.
 
@@ -148,6 +150,19 @@ class _Program:
             return carry
 
         return lax.fori_loop(jnp.int32(0), self.count, step, carry)
+
+    def prepare(self, tile: jax.Array, slot: jax.Array) -> None:
+        """Does once for a whole tile what every lane would have to do for itself at every position."""
+        for name in ("B", "C"):
+            if hasattr(self.refs, f"wide_{name}"):
+                source = getattr(self.refs, f"{name}_tile").at[slot]
+                layout = plgpu.Layout.WG_STRIDED(source.shape, vec_size=max(1, source.size // WARPGROUP))
+                value = plgpu.load(source, layout=layout, optimized=False)
+                getattr(self.refs, f"wide_{name}")[...] = value.astype(jnp.float32)
+        if self.plan.softplus:
+            self.make_time_steps(tile, slot)
+        if self.plan.softplus or hasattr(self.refs, "wide_B") or hasattr(self.refs, "wide_C"):
+            plgpu.commit_smem()
 
     def make_time_steps(self, tile: jax.Array, slot: jax.Array) -> None:
         """Softplus of a whole tile at once, and its slope for the backward pass; dt = 0 beyond the end."""
@@ -166,7 +181,6 @@ class _Program:
         self.refs.time_steps[...] = jnp.where(inside, jnp.maximum(raw, 0) + 2 * ratio * series, 0)
         if hasattr(self.refs, "slopes"):
             self.refs.slopes[...] = jnp.where(raw > 0, 1.0, small) / (1 + small)
-        plgpu.commit_smem()
 
     def group(self, j: int):
         """The j-th group's place among all channels."""
@@ -212,8 +226,30 @@ class _Program:
 
     def states_at(self, name: str, slot, t: int) -> jax.Array:
         """B or C at position t, as a (group, n) array that is the same for every channel."""
-        ref = getattr(self.refs, f"{name}_tile").at[slot, t]
+        wide = getattr(self.refs, f"wide_{name}", None)
+        ref = getattr(self.refs, f"{name}_tile").at[slot, t] if wide is None else wide.at[t]
         return self.along_channels(plgpu.load(ref, layout=self.column, optimized=False).astype(jnp.float32))
+
+    def ahead(self, order, slot, channels: tuple[str, ...], distance: int):
+        """Yields (t, B, C, values of the channels by group) in the given order of positions.
+
+        The loads of the next `distance` positions come before whatever the caller stores for one: the
+        compiler cannot know that a store does not change what a later load finds, and would wait for it.
+        """
+
+        def load(t):
+            rows = [
+                [self.channels_at(name, slot, t, j) for name in channels] for j in range(self.plan.groups)
+            ]
+            return t, self.states_at("B", slot, t), self.states_at("C", slot, t), rows
+
+        order = list(order)
+        loaded = [load(t) for t in order[:distance]]
+        for t in order[distance:] + [None] * distance:
+            current = loaded.pop(0)
+            if t is not None:
+                loaded.append(load(t))
+            yield current
 
     def along_states(self, x: jax.Array) -> jax.Array:
         shape = (self.plan.group, self.plan.states)
@@ -304,11 +340,8 @@ def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]
             program.store_states(refs.entry_out.at[program.batch, index], states)
         # The copy of y two tiles ago has to have left this slot.
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        for t in range(plan.steps):
-            B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
-            for j in range(plan.groups):
-                dt = program.channels_at("dt", slot, t, j)
-                x = program.channels_at("x", slot, t, j)
+        for t, B, C, rows in program.ahead(range(plan.steps), slot, ("dt", "x"), FORWARD_AHEAD):
+            for j, (dt, x) in enumerate(rows):
                 drive = program.along_states(dt * x) * B
                 states[j] = program.decay(dt, rates[j], slot, t) * states[j] + drive
                 y = (states[j] * C).sum(axis=1)
@@ -394,11 +427,10 @@ def _backward_steps(program: _Program, parameters, states, decays, slot, carry):
     plan, refs = program.plan, program.refs
     rates, skip = parameters
     q, dA, dD = (list(part) for part in carry)
-    for t in reversed(range(plan.steps)):
-        B, C = program.states_at("B", slot, t), program.states_at("C", slot, t)
+    channels = ("dt", "x", "dy", "slope") if plan.softplus else ("dt", "x", "dy")
+    for t, B, C, rows in program.ahead(reversed(range(plan.steps)), slot, channels, BACKWARD_AHEAD):
         dB, dC = None, None
-        for j in range(plan.groups):
-            dt, x, dy = (program.channels_at(name, slot, t, j) for name in ("dt", "x", "dy"))
+        for j, (dt, x, dy, *slope) in enumerate(rows):
             wide_dt, wide_dy = program.along_states(dt), program.along_states(dy)
             dstate = C * wide_dy + q[j]
             from_B, from_C = program.along_states(dt * x) * dstate, wide_dy * states[t + 1][j]
@@ -417,23 +449,21 @@ def _backward_steps(program: _Program, parameters, states, decays, slot, carry):
                 dD[j] = dD[j] + x * dy
             refs.dx_tile[slot, t, lanes] = dx.astype(refs.dx_tile.dtype)
             ddt = x * ddrive + ddecay
-            if plan.softplus:
-                ddt = ddt * program.channels_at("slope", slot, t, j)
+            for factor in slope:
+                ddt = ddt * factor
             refs.ddt_tile[slot, t, lanes] = ddt.astype(refs.ddt_tile.dtype)
-        place = pl.ds(t * plan.states, plan.states)
-        refs.parts[0, :, place] = dB
-        refs.parts[1, :, place] = dC
+        refs.parts[:, pl.ds(t * plan.states, plan.states)] = dB
+        refs.parts[:, pl.ds(plan.tile_states + t * plan.states, plan.states)] = dC
     return tuple(q), tuple(dA), tuple(dD)
 
 
 def _sum_over_channels(program: _Program, tile) -> None:
     """Adds the lanes' parts of dB and dC in a fixed order and writes this program's share of them."""
     plan, refs = program.plan, program.refs
-    size = plan.tile_states
+    size = 2 * plan.tile_states
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=max(1, size // WARPGROUP))
-    for which, target in enumerate((refs.dB, refs.dC)):
-        total = None
-        for row in range(plan.group):
-            part = plgpu.load(refs.parts.at[which, row, pl.ds(0, size)], layout=layout, optimized=False)
-            total = part if total is None else total + part
-        target[program.batch, program.block, tile, :] = total
+    total = None
+    for row in range(plan.group):
+        part = plgpu.load(refs.parts.at[row, pl.ds(0, size)], layout=layout, optimized=False)
+        total = part if total is None else total + part
+    refs.dBC[program.batch, program.block, tile, :] = total
