@@ -1,6 +1,5 @@
 """Linear map and embedding with the project's precision rules."""
 
-import jax
 import functools
 from typing import Any
 
@@ -12,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
 from hax_jax.ops.numerics import einsum
-
 
 # A table of more rows than this has its gradient scattered: few tokens share a row, and a 0/1 row is long.
 _FEW_ROWS = 1024

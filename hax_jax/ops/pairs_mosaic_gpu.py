@@ -83,16 +83,18 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
         final = block if past_only else bounds_ref[row, block, 1]
         plgpu.barrier_wait(arrived)
 
-        def look(step_of_loop, state):
-            for offset in range(UNROLL):
-                index = step_of_loop * UNROLL + offset
-                values = [others_sm[x, index // LANES, index % LANES] for x in range(num_others)]
-                together = mine[0] == values[0]
-                state = step(index, here, values[1:], mine[1:], state, together)
-            return state
+        def look_at_block(other_block, state):
+            def look(number, state):
+                for offset in range(UNROLL):
+                    other = number * UNROLL + offset
+                    values = [others_sm[x, other_block, other] for x in range(num_others)]
+                    together = mine[0] == values[0]
+                    state = step(other_block * LANES + other, here, values[1:], mine[1:], state, together)
+                return state
 
-        per_block = LANES // UNROLL
-        state = lax.fori_loop(first * per_block, (final + 1) * per_block, look, state)
+            return lax.fori_loop(0, LANES // UNROLL, look, state)
+
+        state = lax.fori_loop(first, final + 1, look_at_block, state)
         for x, result in enumerate(state):
             out_ref[row, x, block] = result
 

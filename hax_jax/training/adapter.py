@@ -55,7 +55,9 @@ def check_takes_packed_rows(kind: type) -> None:
     """Raises ConfigError if a class of modules cannot be given packed rows."""
     if "packing" not in _arguments(kind):
         raise ConfigError(
-            "data.packing", "0 for a model that knows nothing of packed rows", kind.__qualname__,
+            "data.packing",
+            "0 for a model that knows nothing of packed rows",
+            kind.__qualname__,
             "leave it at 0, or let the module's __call__ take `packing`, a hax_jax.packing.Packing",
         )
 

@@ -38,6 +38,8 @@ class Tile(NamedTuple):
 
     forward: Callable
     backward: Callable
+    # The number of keys of a chunk has to be a multiple of this.
+    multiple: int = 1
 
 
 def visible(kinds, rows, columns):
@@ -102,7 +104,7 @@ def _attend(q, k, v, key_set, ids, scale, tile):
 
 
 def _forward(q, k, v, key_set, ids, scale, tile):
-    parts = [_Part(key_set, index, ids) for index in range(len(key_set.sources))]
+    parts = [_Part(key_set, index, ids, tile.multiple) for index in range(len(key_set.sources))]
     results = []
     for part in parts:
         out, lse = tile.forward(
@@ -123,7 +125,7 @@ def _backward(scale, tile, saved, d_outputs):
     delta = (out * d_out).sum(-1, keepdims=True)
     totals = [jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v)]
     for index in range(len(key_set.sources)):
-        part = _Part(key_set, index, None, laid_out[index])
+        part = _Part(key_set, index, None, tile.multiple, laid_out[index])
         d_q, d_k, d_v = tile.backward(
             part.kinds, scale, part.by_query(q), part.by_key(k), part.by_key(v), part.rows, part.columns,
             part.by_query(d_out.astype(v.dtype)), part.by_query(lse)[..., 0], part.by_query(delta)[..., 0],
@@ -141,14 +143,14 @@ _attend.defvjp(_forward, _backward)
 class _Part:
     """One source's plan, and the ways from positions to slots and back; positions are (h, N, ...)."""
 
-    def __init__(self, key_set, index, ids, laid_out=None):
+    def __init__(self, key_set, index, ids, multiple, laid_out=None):
         sources = key_set.sources[: index + 1]
         # The rules without their arrays: they say what the kernel computes, so they are part of its type.
         self.kinds = jax.tree.map(lambda _: None, sources)
         if laid_out is not None:
             self.plan, self.rows, self.columns = laid_out
             return
-        self.plan = make_plan(sources[-1], ids)
+        self.plan = make_plan(sources[-1], ids, multiple)
         position = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         segment = segments.numbers(ids)
         rows = (position, segment, *(x for source in sources for x in source.rows()))
@@ -178,15 +180,14 @@ class _Part:
 
     def sum_of_slots(self, x):
         """(h, c, k, f) to (h, N, f): the sum over the slots of each key, in one order."""
-        heads, _, num_slots, width = x.shape
-        num_own = self.plan.queries.shape[1]
-        carried, own = jnp.split(x, [num_slots - num_own], axis=2)
-        own = own.reshape(heads, -1, width)[:, self.plan.key_slot]
-        if carried.shape[2] == 0:
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        own = flat[:, self.plan.key_slot]
+        if self.plan.carried_slot.shape[0] == 0:
             return own
-        # Where there are no more, whatever is read belongs to no position's sum.
-        rows = carried.reshape(heads, -1, width)[:, self.plan.carried_slot]
-        return own + sum_of_runs(rows, self.plan.carried_key, self.plan.first_carried)
+        # Where there are no more carried keys, what is read belongs to no position's sum.
+        return own + sum_of_runs(
+            flat[:, self.plan.carried_slot], self.plan.carried_key, self.plan.first_carried
+        )
 
 
 def _take(x, table):

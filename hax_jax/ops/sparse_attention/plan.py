@@ -38,12 +38,12 @@ class Plan:
 
     Attributes:
       queries: (c, CHUNK) positions whose queries stand in a chunk.
-      keys: (c, carried + CHUNK) positions whose keys stand in a chunk: the carried ones, then its own.
-      query_slot, key_slot: (N,) where each position stands among `queries`, and among the own `keys`, both
-        flattened.
+      keys: (c, k) positions whose keys stand in a chunk: the carried ones, empty slots, then its own.
+      query_slot, key_slot: (N,) where each position stands in the flattened `queries`, and as an own key in
+        the flattened `keys`.
       carried_key: (c * carried,) the carried keys, equal ones next to each other; N where there are no more.
-      carried_slot: (c * carried,) where each of them stands among the carried keys, flattened; c * carried
-        where there are no more.
+      carried_slot: (c * carried,) where each of them stands in the flattened `keys`; any slot where there are
+        no more.
       first_carried: (N,) where each position first appears in `carried_key`; c * carried if it does not.
     """
 
@@ -56,10 +56,10 @@ class Plan:
     first_carried: Int[Array, " N"]
 
 
-def make_plan(source: Any, segment_ids: Int[Array, "b t"]) -> Plan:
-    """Lays out the positions for one source of `PLANNED`."""
+def make_plan(source: Any, segment_ids: Int[Array, "b t"], multiple: int = 1) -> Plan:
+    """Lays out the positions for one source of `PLANNED`, in chunks of a multiple of `multiple` keys."""
     if isinstance(source, HashBuckets):
-        return _plan_by_bucket(source, segment_ids)
+        return _plan_by_bucket(source, segment_ids, multiple)
     shape = segment_ids.shape
     num_positions = shape[0] * shape[1]
     position = jnp.arange(num_positions, dtype=jnp.int32)
@@ -83,7 +83,7 @@ def make_plan(source: Any, segment_ids: Int[Array, "b t"]) -> Plan:
     first_chunk = position // CHUNK + 1
     count = jnp.maximum((last_seen - 1) // CHUNK - position // CHUNK, 0)
     own = _cut(position, num_positions)
-    return _finish(own, own, position, first_chunk, count, size, column)
+    return _finish(own, own, position, first_chunk, count, size, column, multiple)
 
 
 def _segment_ends(first):
@@ -95,7 +95,7 @@ def _segment_ends(first):
     return lax.cummin(following, reverse=True)
 
 
-def _plan_by_bucket(source, segment_ids):
+def _plan_by_bucket(source, segment_ids, multiple):
     """Keys and queries in one order by bucket and time; the keys a query sees are the last before it."""
     batch, length = segment_ids.shape
     num_positions = batch * length
@@ -118,7 +118,8 @@ def _plan_by_bucket(source, segment_ids):
     own_queries = _cut(jnp.where(is_key, num_positions, position), num_positions)
     own_keys = _cut(jnp.where(is_key, position, num_positions), num_positions)
     column = lambda key, chunk: key - before_chunk[chunk] + source.size  # noqa: E731
-    return _finish(own_queries, own_keys, by_bucket, first_chunk, count, source.size, column)
+    size = source.size
+    return _finish(own_queries, own_keys, by_bucket, first_chunk, count, size, column, multiple)
 
 
 def _cut(positions, filler):
@@ -126,13 +127,14 @@ def _cut(positions, filler):
     return jnp.pad(positions, (0, -positions.shape[0] % CHUNK), constant_values=filler).reshape(-1, CHUNK)
 
 
-def _finish(own_queries, own_keys, position_of, first_chunk, count, size, column):
+def _finish(own_queries, own_keys, position_of, first_chunk, count, size, column, multiple):
     """Builds the plan in which key x, at `position_of[x]`, is carried into `count[x]` chunks from its first.
 
     `column(x, chunk)` is its place among the `size` carried ones there; with None, any free one.
     """
     num_positions, num_chunks = position_of.shape[0], own_keys.shape[0]
     num_pairs = num_chunks * size
+    num_slots = size + CHUNK + -(size + CHUNK) % multiple
     end = jnp.cumsum(count)
     begin = end - count
     # Pairs (key, chunk) in order of the keys: every key marks where its pairs begin.
@@ -145,20 +147,21 @@ def _finish(own_queries, own_keys, position_of, first_chunk, count, size, column
     exists = pair < end[-1]
     chunk = jnp.where(exists, (first_chunk - begin)[key] + pair, num_chunks)
     place = column(key, jnp.minimum(chunk, num_chunks - 1)) if column else _number_within(chunk, num_chunks)
-    slot = jnp.where(exists, chunk * size + place, num_pairs)
+    slot = jnp.where(exists, chunk * num_slots + place, num_chunks * num_slots)
     position = jnp.where(exists, position_of[key], num_positions)
-    carried = jnp.full(num_pairs, num_positions, jnp.int32).at[slot].set(position, mode="drop")
+    keys = jnp.full((num_chunks, num_slots), num_positions, jnp.int32).at[:, -CHUNK:].set(own_keys)
+    keys = keys.reshape(-1).at[slot].set(position, mode="drop").reshape(keys.shape)
     first_carried = jnp.zeros(num_positions, jnp.int32).at[position_of].set(mark, mode="drop")
-    where = lambda table: (  # noqa: E731
-        jnp.zeros(num_positions, jnp.int32)
-        .at[table.reshape(-1)]
-        .set(jnp.arange(table.size, dtype=jnp.int32), mode="drop")
-    )
+
+    def where(table, slots):
+        slots = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None] * slots + jnp.arange(-CHUNK, 0) + slots
+        return jnp.zeros(num_positions, jnp.int32).at[table].set(slots, mode="drop")
+
     return Plan(
         queries=own_queries,
-        keys=jnp.concatenate([carried.reshape(num_chunks, size), own_keys], axis=1),
-        query_slot=where(own_queries),
-        key_slot=where(own_keys),
+        keys=keys,
+        query_slot=where(own_queries, CHUNK),
+        key_slot=where(own_keys, num_slots),
         carried_key=jnp.where(exists, key, num_positions),
         carried_slot=slot,
         first_carried=first_carried,

@@ -165,10 +165,6 @@ def pad_values(x):
     return _pad(x, 3, -(-x.shape[-1] // WIDTHS[-1]) * WIDTHS[-1])
 
 
-def pad_keys(x):
-    return _pad(x, 2, -(-x.shape[2] // ROWS) * ROWS)
-
-
 def _pad(x, axis, size):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])

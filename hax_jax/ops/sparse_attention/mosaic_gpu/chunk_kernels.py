@@ -23,8 +23,8 @@ def _forward(kinds, scale, q, k, v, rows, columns):
     width = v.shape[-1]
     q, k, v = (
         bb.parts(bb.pad_features(q)),
-        bb.parts(bb.pad_features(bb.pad_keys(k))),
-        bb.parts(bb.pad_values(bb.pad_keys(v))),
+        bb.parts(bb.pad_features(k)),
+        bb.parts(bb.pad_values(v)),
     )
     rows, columns = bb.stack(rows, NO_QUERY, bb.ROWS), bb.stack(columns, NO_KEY, k.shape[3])
     num_parts, width_of_block = q.shape[0], bb.block(v.shape[-1])
@@ -84,11 +84,11 @@ def _forward(kinds, scale, q, k, v, rows, columns):
 
 
 def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
-    num_keys, features, width = k.shape[2], q.shape[-1], v.shape[-1]
+    features, width = q.shape[-1], v.shape[-1]
     q, k, v = (
         bb.parts(bb.pad_features(q)),
-        bb.parts(bb.pad_features(bb.pad_keys(k))),
-        bb.parts(bb.pad_values(bb.pad_keys(v))),
+        bb.parts(bb.pad_features(k)),
+        bb.parts(bb.pad_values(v)),
     )
     d_out = bb.parts(bb.pad_values(d_out))
     rows, columns = bb.stack(rows, NO_QUERY, bb.ROWS), bb.stack(columns, NO_KEY, k.shape[3])
@@ -96,7 +96,7 @@ def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
     arguments = (q, k, v, d_out, rows, columns, statistics)
     d_q = _query_gradient(kinds, scale, *arguments)
     d_k, d_v = _key_gradients(kinds, scale, *arguments)
-    return d_q[..., :features], d_k[:, :, :num_keys, :features], d_v[:, :, :num_keys, :width]
+    return d_q[..., :features], d_k[..., :features], d_v[..., :width]
 
 
 def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
@@ -227,4 +227,4 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
     )(q, k, v, d_out, rows, columns, statistics)
 
 
-TILE = Tile(_forward, _backward)
+TILE = Tile(_forward, _backward, bb.ROWS)
