@@ -43,7 +43,7 @@ def selective_scan(
       softplus: take softplus(dt) for dt, which the kernels do without writing it to memory.
       chunk_size: positions held in memory at once by 'xla'.
       implementation: None, 'reference' (a step at a time), 'xla' (chunks of `lax.associative_scan`) or
-        'mosaic_gpu' (kernels for Hopper GPUs).
+        'mosaic_gpu' (kernels for Hopper GPUs, which None means where they can run the call).
 
     Returns:
       y (b, t, e) and the state after the last position (b, e, n), both at least float32.
@@ -53,9 +53,8 @@ def selective_scan(
         this call on this device.
 
     Source: Mamba (arXiv 2312.00752), section 3.2. Memory grows as b t e, plus b chunk_size e n while a chunk
-    is worked on and b (t / chunk_size) e n for the backward pass.
+    is worked on and b (t / chunk_size) e n for the backward pass ('mosaic_gpu': b (t / 16) e n only).
     """
-    function = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS)
     (b, t, e), n = x.shape, A.shape[1]
     dispatch.check_shape("selective_scan", "dt", dt.shape, (b, t, e), "b, t, e")
     dispatch.check_shape("selective_scan", "A", A.shape, (e, n), "e, n")
@@ -67,4 +66,6 @@ def selective_scan(
         dispatch.check_shape("selective_scan", "initial_state", initial_state.shape, (b, e, n), "b, e, n")
     if segment_ids is not None:
         dispatch.check_shape("selective_scan", "segment_ids", segment_ids.shape, (b, t), "b, t")
+    preferred = "mosaic_gpu" if mosaic_gpu.pays(x, dt, A, B, C) else "xla"
+    function = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, preferred)
     return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus)
