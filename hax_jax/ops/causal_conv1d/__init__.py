@@ -4,9 +4,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
-from hax_jax.ops.causal_conv1d import reference, xla
+from hax_jax.ops.causal_conv1d import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1d}
+IMPLEMENTATIONS = {
+    "xla": xla.causal_conv1d,
+    "reference": reference.causal_conv1d,
+    "mosaic_gpu": mosaic_gpu.causal_conv1d,
+}
 
 
 @jax.named_scope("causal_conv1d")
@@ -27,13 +31,14 @@ def causal_conv1d(
       weight: (w, c); the last tap multiplies the current position.
       bias: (c,) or None.
       segment_ids: (b, t) int32; the filter never reaches across a boundary.
-      implementation: None, 'reference' or 'xla'.
+      implementation: None, 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel for Hopper GPUs).
 
     Returns:
       (b, t, c) in the dtype of x; products and sums are at least float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation this op does not have.
+      ValueError: shapes that do not fit, an implementation this op does not have or that cannot run the
+        call.
 
     Source: Mamba (arXiv 2312.00752), figure 3. Memory grows as b t c.
     """
@@ -44,4 +49,4 @@ def causal_conv1d(
         dispatch.check_shape("causal_conv1d", "bias", bias.shape, (channels,), "c")
     if segment_ids is not None:
         dispatch.check_shape("causal_conv1d", "segment_ids", segment_ids.shape, x.shape[:2], "b, t")
-    return jax.nn.silu(function(x, weight, bias, segment_ids)).astype(x.dtype)
+    return function(x, weight, bias, segment_ids)

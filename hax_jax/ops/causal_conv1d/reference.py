@@ -1,5 +1,6 @@
 """The convolution as a sum over explicit windows."""
 
+import jax
 import jax.numpy as jnp
 
 from hax_jax.ops.numerics import wide
@@ -21,4 +22,5 @@ def causal_conv1d(x, weight, bias, segment_ids):
             total = total + term
         outputs.append(total)
     y = jnp.stack(outputs, axis=1)
-    return y if bias is None else y + bias.astype(dtype)
+    y = y if bias is None else y + bias.astype(dtype)
+    return jax.nn.silu(y).astype(x.dtype)

@@ -1,5 +1,6 @@
 """The convolution as a sum of shifted copies, which XLA fuses into one pass."""
 
+import jax
 import jax.numpy as jnp
 
 from hax_jax.ops.numerics import wide
@@ -15,7 +16,7 @@ def _shift(x, steps):
 
 
 def causal_conv1d(x, weight, bias, segment_ids):
-    width = weight.shape[0]
+    width, x_dtype = weight.shape[0], x.dtype
     x, weight = x.astype(wide(x.dtype, weight.dtype)), weight.astype(wide(x.dtype, weight.dtype))
     y = jnp.zeros_like(x)
     for tap in range(width):
@@ -25,4 +26,5 @@ def causal_conv1d(x, weight, bias, segment_ids):
             # Before the row both the ids and x are zeros: an id of 0 may match there, but it adds nothing.
             term = jnp.where((_shift(segment_ids, steps) == segment_ids)[..., None], term, 0)
         y = y + term
-    return y if bias is None else y + bias.astype(y.dtype)
+    y = y if bias is None else y + bias.astype(y.dtype)
+    return jax.nn.silu(y).astype(x_dtype)
