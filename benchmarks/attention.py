@@ -23,7 +23,7 @@ from benchmarks.attention_programs import (
     sparse_module,
     visible_keys,
 )
-from benchmarks.record import Record
+from benchmarks.record import Record, is_wanted
 from benchmarks.specs import AttentionShape
 
 LAYERS = ("branch", "mamba2")
@@ -56,7 +56,7 @@ class Options:
 
     Attributes:
       seconds: after so many nothing new is begun.
-      only: words of which each has to stand in a case's identity; none are all cases.
+      only: words that all have to be parts of a case's identity; none are all cases.
       tiny: shapes for tests.
       plan: how each is timed.
     """
@@ -71,7 +71,7 @@ def run(record: Record, options: Options) -> None:
     """Measures ceilings, errors and all cases, the most important first, until the time is up."""
     record.note(ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
     bench = _Bench(record, options)
-    chosen = [case for case in cases(options.tiny) if all(w in case.identity for w in options.only)]
+    chosen = [case for case in cases(options.tiny) if is_wanted(case.identity, options.only)]
     shapes = {case.shape.name: dataclasses.asdict(case.shape) for case in chosen}
     record.note(shapes=shapes)
     left_out = []
@@ -178,7 +178,7 @@ class _Bench:
         for form in implementations():
             for kind in (RANDOM, *HURTING):
                 identity = f"{shape.name}/{kind}/{form}/errors"
-                if not all(word in identity for word in self.options.only if word not in DIRECTIONS):
+                if not is_wanted(identity, set(self.options.only) - set(DIRECTIONS)):
                     continue
                 try:
                     built, compiled, _ = self._program(Case(kind, shape, form, _BOTH))

@@ -44,6 +44,8 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "optimizer": "optimizer",
     "update": "optimizer",
 }
+# A kernel inside of these, a CUDA graph above all, may come under their name, which says nothing.
+_HOLDERS = ("call", "while", "conditional", "command_buffer", "async")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
@@ -72,6 +74,8 @@ def of_program(hlo: str) -> dict[str, str]:
     for line in hlo.splitlines():
         if match := _INSTRUCTION.match(line):
             name = match[1]
+            if name.startswith(_HOLDERS):
+                continue
             if named := _OP_NAME.search(line):
                 parts[name] = part_of(named[1])
                 inside[computation][parts[name]] += 1

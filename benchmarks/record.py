@@ -4,6 +4,7 @@ import datetime
 import json
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from experiments.results import to_text
@@ -85,6 +86,11 @@ def read(path: pathlib.Path, suite: str) -> dict[str, Any]:
     if version != FORMAT_VERSION or found != suite or not whole:
         raise _unusable(path, suite, f"it is of format version {version!r}, suite {found!r}")
     return content
+
+
+def is_wanted(identity: str, words: Iterable[str]) -> bool:
+    """Whether all of the words are parts of an identity such as '1M/random/xla/forward'."""
+    return set(words) <= set(identity.split("/"))
 
 
 def _unusable(path: pathlib.Path, suite: str, fault: str) -> ConfigError:

@@ -44,7 +44,7 @@ def _parser() -> results.Parser:
     parser = results.Parser(__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so many; 540")
-    parser.add_argument("--only", default="", metavar="WORD,...", help="what has all of these in its id")
+    parser.add_argument("--only", default="", metavar="WORD,...", help="all of these parts in its id")
     parser.add_argument("--out", type=pathlib.Path, help="default results/benchmarks/SUITE.json")
     parser.add_argument("--add", action="store_true", help="keep what the file holds, replace same ids")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import ceilings, floors, memory, scan_peers, specs, timing
-from benchmarks.record import Record
+from benchmarks.record import Record, is_wanted
 from benchmarks.scan_peers import Peer
 from hax_jax import ops
 from hax_jax.ops import dispatch
@@ -61,7 +61,7 @@ def run(record: Record, options: Options) -> None:
                 wanted = [
                     who
                     for who in (*op.forms, *op.peers)
-                    if all(word in f"{start}/{_name(who)}/{direction}" for word in options.only)
+                    if is_wanted(f"{start}/{_name(who)}/{direction}", options.only)
                 ]
                 if record.elapsed > options.seconds:
                     left_out += [f"{start}/{_name(who)}/{direction}" for who in wanted]

@@ -78,7 +78,7 @@ def run(
     record: Record, options: Options, ahead: dict[str, Any] | None = None, spent: float = 0.0
 ) -> None:
     """Measures the ceilings and each config until the time is up; `spent` seconds are gone already."""
-    record.note(ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
+    record.note(seconds_before=spent, ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
     left_out = []
     for name in options.configs:
         if spent + record.elapsed > options.seconds:

@@ -46,17 +46,16 @@ def read(path: pathlib.Path) -> list[Event]:
     """The device's events of a trace file, in order of time."""
     content = json.loads(gzip.decompress(path.read_bytes()))
     processes, threads = _names(content["traceEvents"])
-    on_gpu = any(name.startswith("/device:GPU") for name in processes.values())
+    gpus = {pid for pid, name in processes.items() if name.startswith("/device:GPU")}
+    # Lines other than streams repeat the same time under the names of operations and modules.
+    streams = {line for line, name in threads.items() if line[0] in gpus and name.startswith("Stream")}
     events = []
     for event in content["traceEvents"]:
         if event.get("ph") != "X":
             continue
         arguments = event.get("args", {})
-        if on_gpu:
-            # Lines other than streams repeat the same time under the names of operations and modules.
-            is_ours = processes.get(event["pid"], "").startswith("/device:GPU") and threads.get(
-                (event["pid"], event["tid"]), ""
-            ).startswith("Stream")
+        if gpus:
+            is_ours = (event["pid"], event["tid"]) in streams
         else:
             # What only holds other operations would count their time once more.
             is_ours = "hlo_op" in arguments and not arguments["hlo_op"].startswith(_HOLDERS)
