@@ -158,6 +158,24 @@ def test_kernels_give_the_same_bits_twice():
 
 
 @pytest.mark.gpu
+def test_members_of_a_population_equal_single_calls():
+    """`vmap` over parameters and inputs, as population training does it."""
+    members = [make_inputs(2, 65 + seed, 64, 16) for seed in range(3)]
+    members = [{name: x[:, :65] if x.ndim == 3 else x for name, x in member.items()} for member in members]
+
+    def scan(inputs):
+        return ops.selective_scan(**inputs, implementation="mosaic_gpu")
+
+    together = with_gradients(jax.vmap(scan), jax.tree.map(lambda *x: jnp.stack(x), *members))
+    alone = [jax.jit(scan)(member) for member in members]
+    for a, b in zip(
+        jax.tree.leaves(together[0]), zip(*map(jax.tree.leaves, alone), strict=True), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.stack(b))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(together[1]))
+
+
+@pytest.mark.gpu
 def test_kernels_equal_the_chunked_form_at_the_tasks_size():
     inputs = make_inputs(64, 1057, 128, 16)
     got = run(mosaic_gpu.selective_scan, inputs, None, 64, False)
