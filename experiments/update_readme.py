@@ -17,13 +17,14 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import benchmark_tables, results
+from experiments.comparison import readme as readme_of_comparisons
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training.files import write_atomically
 from hax_jax.training.progress import duration
 
 FILES = ("README.md", "docs/performance.md")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-BENCHMARKS = "benchmarks"
+BENCHMARKS, PYTORCH = "benchmarks", "pytorch"
 REMEDY = "run: python experiments/update_readme.py"
 _COLUMNS = ("run", "test accuracy", "paper", "steps", "parameters", "device", "steps/s", "tokens/s", "time")
 
@@ -58,6 +59,9 @@ def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, s
     measured = benchmark_tables.section(root)
     if measured is not None or f"<!-- {BENCHMARKS}:begin -->" in filled:
         filled = fill(filled, measured or "\nNo benchmarks yet.\n", BENCHMARKS)
+    compared = readme_of_comparisons.section(root)
+    if compared is not None or f"<!-- {PYTORCH}:begin -->" in filled:
+        filled = fill(filled, compared or "\nNo comparison yet.\n", PYTORCH)
     result = {readme: (texts[readme], filled)}
     if text := texts[performance]:
         filled = fill(text, benchmark_tables.floor_section(), "floors", performance)

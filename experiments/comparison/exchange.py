@@ -203,7 +203,7 @@ def write(arrays: Arrays, path: pathlib.Path) -> str:
 def read_result(path: pathlib.Path, digest: str) -> Arrays:
     """What PyTorch wrote for the exchange file of this SHA-256; raises ConfigError if it is of another."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError("result", "a whole .npz file", str(path), f"{error}; delete it") from error

@@ -1,6 +1,7 @@
 """Our side of the comparison: the same steps in JAX, each decision held against PyTorch's."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,22 +43,25 @@ class Run:
 
 def train(exchange: Exchange, theirs: Arrays) -> Run:
     """Takes the steps of an exchange and compares every decision with those in `theirs`."""
-    step_of, params, opt_state = _make_step(exchange)
     curves: dict[str, list[float]] = {"loss": [], "gate_loss": [], "acc": []}
     first, differing = None, 0
-    for step in range(exchange.num_steps):
-        batch, draws = _inputs(exchange, step)
-        rate = jnp.float32(exchange.arrays["lr"][step])
-        params, opt_state, scalars, decided, details = step_of(params, opt_state, batch, draws, rate)
+    for step, (scalars, decided, details) in enumerate(steps(exchange)):
         for name, value in zip(curves, scalars, strict=True):
             curves[name].append(float(value))
         found = first_difference(decided, theirs, step)
         differing += found is not None
         if first is None and found is not None:
-            layer = found["layer"]
-            found["margin"] = margin(exchange, found, details[layer], draws[layer])
-            first = found
+            first = found | {"margin": margin(exchange, found, details[found["layer"]])}
     return Run(curves, first, differing)
+
+
+def steps(exchange: Exchange) -> Iterator[tuple[Any, dict[str, jax.Array], list[dict[str, jax.Array]]]]:
+    """Takes the steps one by one: loss, gate loss and accuracy, the decisions, what decided in each layer."""
+    step_of, params, opt_state = _make_step(exchange)
+    for step in range(exchange.num_steps):
+        rate = jnp.float32(exchange.arrays["lr"][step])
+        params, opt_state, *found = step_of(params, opt_state, *_inputs(exchange, step), rate)
+        yield tuple(found)
 
 
 def _make_step(exchange: Exchange):
@@ -173,12 +177,14 @@ def first_difference(decided, theirs: Arrays, step: int) -> dict[str, Any] | Non
     return None
 
 
-def margin(exchange: Exchange, found: dict[str, Any], details, draws: RoutingDraws) -> float | None:
+def margin(exchange: Exchange, found: dict[str, Any], details) -> float | None:
     """How far the number that decided was from the other decision, on our side; None if that is no number."""
     row, position = found["row"], found["position"]
+    drawn = f"rand/layer{found['layer']}/"
     if found["kind"] in ("query_code", "key_code"):
         vectors = details["queries" if found["kind"] == "query_code" else "keys"]
-        hashed = np.asarray(parity.hash_features(vectors))[row, position] @ np.asarray(draws.projection)
+        hashed = np.asarray(parity.hash_features(jnp.asarray(vectors)))[row, position]
+        hashed = hashed @ exchange.arrays[f"{drawn}hash_proj"][found["step"]]
         if "argmax_lsh" in exchange.model.sources:
             return float(abs(hashed[found["jax"]] - hashed[found["torch"]]))
         bits = found["jax"] ^ found["torch"]
@@ -189,7 +195,7 @@ def margin(exchange: Exchange, found: dict[str, Any], details, draws: RoutingDra
         scores = np.asarray(details["scores"])[row, : query + 1]
         others = np.sort(np.delete(scores, position))[::-1]
         return float(abs(scores[position] - others[exchange.model.keys_per_source - 1]))
-    noise = np.asarray(draws.noise)[row]
+    noise = exchange.arrays[f"{drawn}noise"][found["step"]][row]
     count = details["targets"].shape[1]
     real = exchange.arrays["sequences"][found["step"]][row, :-1] != exchange.model.pad_token_id
     sampled = list(np.argsort(-np.where(real, noise, -1), kind="stable")[:count])

@@ -3,14 +3,17 @@
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments import results
-from experiments.comparison.exchange import Arrays, Exchange
-from experiments.comparison.ours import Run
 from hax_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    # Figures and tables are made without JAX.
+    from experiments.comparison.exchange import Arrays, Exchange
+    from experiments.comparison.ours import Run
 
 FOLDER = pathlib.Path("results") / "pytorch"
 TASK = "pytorch"
@@ -18,7 +21,7 @@ QUANTITIES = ("loss", "gate_loss", "acc")
 _FIELDS = ("name", "origin", "command", "commit", "device", "versions", "model", "curves", "timing")
 
 
-def curves(exchange: Exchange, theirs: Arrays, ours: Run) -> dict[str, Any]:
+def curves(exchange: "Exchange", theirs: "Arrays", ours: "Run") -> dict[str, Any]:
     """Both frameworks' curves, the largest difference of each, and the first decision that differs."""
     first = ours.first_difference
     # Numbers of the step itself follow from the decision already.
