@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks import ceilings, compile_ahead, floors, memory, parts, specs, timing, trace
 from benchmarks.record import Record
@@ -127,6 +128,7 @@ def _measure(name: str, options: Options, limits: dict[str, Any]) -> dict[str, A
     facts = {
         "implementation": resolved_implementation(experiment.model),
         "steps_per_dispatch": program.steps,
+        "members": program.members,
         "positions": program.positions,
         "tokens": tokens,
         "time": timed,
@@ -162,7 +164,7 @@ def _time(program: StepProgram, options: Options) -> tuple[dict[str, Any], float
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - begin) / (dispatches * program.steps)
         # A mean since the last log step: it does not matter which steps it is over.
-        tokens.append(float(metrics["tokens"]))
+        tokens.append(float(np.sum(metrics["tokens"])))
         return seconds
 
     plan = options.plan

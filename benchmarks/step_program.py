@@ -11,9 +11,9 @@ import numpy as np
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch
+from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import make_mesh, put_replicated, replicated
+from hax_jax.training.sharding import make_mesh, put_replicated, replicated, split_rows
 from hax_jax.training.step import make_rated_step
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
@@ -60,8 +60,9 @@ class StepProgram:
 
     Attributes:
       steps: updates in a dispatch.
-      positions: positions of a batch, pads included.
-      num_parameters: trained numbers.
+      positions: positions of a batch, pads included, of all members together.
+      members: runs of a population, 1 without one.
+      num_parameters: trained numbers of all members.
       seconds: what each phase took: build, trace (to the compiler's input), compile, state, first_dispatch.
     """
 
@@ -69,11 +70,14 @@ class StepProgram:
         begin = time.perf_counter()
         training = experiment.training
         mesh = make_mesh(batch_size=training.batch_size)
-        split = make_split(experiment.data, "train")
+        split = make_split(experiment.data, "train", mesh.size)
         self._accumulation = training.grad_accumulation_steps
         self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
         self._beginning = initialise.prepare(experiment, None, make_optimizer(training), mesh)
-        step = make_rated_step(self._beginning.structure, split.materialize, training)
+        step = make_rated_step(self._beginning.structure, split_rows(mesh, split.materialize), training)
+        members = experiment.members
+        if members:
+            step = jax.vmap(step, in_axes=(0, None, 0))
         platform = jax.devices()[0].platform
         self.steps = steps_per_dispatch(training, platform)
         self._update = jax.jit(
@@ -81,11 +85,11 @@ class StepProgram:
             donate_argnums=0,
             out_shardings=replicated(mesh),
         )
-        self._rate = put_replicated(mesh, np.float32(training.learning_rate))
-        raws = self._raws()
-        one = jax.tree.map(lambda x: x[0, 0], raws)
-        tokens = jax.eval_shape(split.materialize, one).tokens
-        self.positions = tokens.size * self._accumulation
+        rates = [member.training.learning_rate for member in members] or training.learning_rate
+        self._rate = put_replicated(mesh, np.asarray(rates, np.float32))
+        self.members = max(len(members), 1)
+        rows, row_length = split.row_shape(training.batch_size)
+        self.positions = self.members * self._accumulation * rows * row_length
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self._beginning.shapes.params))
         self.seconds = {"build": time.perf_counter() - begin}
         self.compiled: Any = None
@@ -113,7 +117,4 @@ class StepProgram:
         return metrics
 
     def _raws(self) -> Any:
-        rows = [next(self._batches) for _ in range(self.steps)]
-        return jax.tree.map(
-            lambda *x: np.stack(x).reshape(self.steps, self._accumulation, -1, *x[0].shape[1:]), *rows
-        )
+        return take_raws(self._batches, self.steps, self._accumulation)

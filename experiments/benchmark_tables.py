@@ -173,6 +173,7 @@ def _attention(measured: Measured) -> list[str]:
     return [
         "Sparse attention as a whole module (hashing, sorting, selection, attention), forward and backward, "
         "one head of 64, bfloat16, 32 + 32 keys:", "", *lines, *_hurting(measured, best, lengths),
+        *_besides(measured, best),
     ]
 
 
@@ -191,6 +192,28 @@ def _hurting(measured: Measured, best: str, lengths: Sequence[str]) -> list[str]
     return ["", _row(head), _row(["---"] * len(head))] + [
         _row([text, *(_times(ratios[name], 2) for name in shown)]) for text, ratios in rows
     ]
+
+
+def _besides(measured: Measured, best: str) -> list[str]:
+    """What else the attention benchmark says, a line each; nothing that was not measured."""
+    lines = []
+    ratio = measured.ratio(*(f"{name}/random/{best}/forward_backward" for name in ("1M", "64K")))
+    if ratio is not None:
+        lines.append(f"- Time per token at 1M: {ratio / 16:.2f} times that at 64K.")
+    for layer, text in (("branch", "the HAX branch of width 64"), ("mamba2", "a Mamba-2 mixer with it")):
+        found = measured.by_id.get(f"1M/random/{layer}/forward_backward", {})
+        if "time" in found and found["memory"]["program"]:
+            peak = found["memory"]["program"]["peak"] / 2**30
+            lines.append(
+                f"- 1M tokens forward and backward through {text}, training included: "
+                f"{_ms(found['time']['seconds'])} ms, {peak:.2f} GiB."
+            )
+    times = {who: measured.seconds(f"joint_recall/random/{who}/forward_backward") for who in CONTENDERS}
+    known = [f"{CONTENDERS[who]} {_ms(seconds)} ms" for who, seconds in times.items() if seconds is not None]
+    if known:
+        shape = "64 x 1,057 tokens (queries and keys of 32, values of 128)"
+        lines.append(f"- The whole module at {shape}: {'; '.join(known)}.")
+    return ["", *lines] if lines else []
 
 
 def _step(measured: Measured) -> list[str]:
@@ -238,7 +261,9 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.3g}"
+    if seconds is None:
+        return ""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def _times(ratio: float | None, digits: int = 1) -> str:
