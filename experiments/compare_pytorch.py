@@ -34,9 +34,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Both frameworks share a GPU: JAX must not take most of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax
+
 from experiments import command_line, results
-from experiments.comparison import exchange, report
+from experiments.comparison import exchange, ours, report, timing
 from hax_jax.config import ConfigError
+from hax_jax.training.environment import describe
+from hax_jax.training.files import plain, write_atomically
 
 DONE, BAD_INPUT, WAITING = 0, 2, 3
 RUNNER = "experiments/pytorch_baseline/run.py"
@@ -53,11 +57,12 @@ def main(argv: Sequence[str]) -> int:
             if experiment
             else exchange.from_golden(options.golden, options.steps)
         )
+        # Asked before the run: a checkout may change during it.
+        where = describe() | {"command": _told(argv)}
         theirs = _theirs(start, options)
         if theirs is None:
             return WAITING
-        result = _compare(start, theirs, experiment, options)
-        result["command"] = _told(argv)
+        result = _compare(start, theirs, experiment, options, where)
         out = options.out or results.CHECKOUT / report.FOLDER / f"{start.name}.json"
         _write(result, out)
     except ConfigError as error:
@@ -136,12 +141,8 @@ def _in_this_process(start: exchange.Exchange) -> exchange.Arrays:
     return train(start.arrays, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _compare(start, theirs, experiment, options) -> dict[str, Any]:
-    from experiments.comparison import ours, timing
-    from hax_jax.training.environment import describe
-
+def _compare(start, theirs, experiment, options, where) -> dict[str, Any]:
     found = report.curves(start, theirs, ours.train(start, theirs))
-    where = describe()
     where["versions"] |= {
         name: version for name, version in found["torch_ran"]["versions"].items() if name != "python"
     }
@@ -185,14 +186,10 @@ def _told(argv: Sequence[str]) -> str:
 
 
 def _on_gpu() -> bool:
-    import jax
-
     return jax.default_backend() == "gpu" and "torch" in sys.modules
 
 
 def _write(result: dict[str, Any], out: pathlib.Path) -> None:
-    from hax_jax.training.files import plain, write_atomically
-
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, (results.to_text(plain(result)) + "\n").encode())
