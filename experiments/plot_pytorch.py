@@ -112,7 +112,8 @@ def _draw_curves(axes, result: dict[str, Any]) -> None:
             fontsize=8,
         )
     handles = [line for one in (axes, other) for line in one.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, loc="upper right")
+    # Above the curves, one of which goes up where the other goes down.
+    axes.legend(handles=handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def _draw_speed(axes, result: dict[str, Any]) -> None:
