@@ -81,18 +81,18 @@ def _ssd(x, dt, A, B, C, D, initial_state, run, tiles):
 
 
 def _forward(x, dt, A, B, C, D, initial_state, run, tiles):
-    by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
+    vectors = by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     x, B, C = (_planes(array, tiles) for array in (x, B, C))
     left = states.chunk_states(x, leave * by_chunk, B, tiles)
     before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
     y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles)
-    return (y, final), (x, dt, A, B, C, D, run, before, y)
+    return (y, final), (x, A, B, C, D, vectors, run, before, y)
 
 
 def _backward(tiles, residuals, cotangents):
-    x, dt, A, B, C, D, run, before, y = residuals
+    x, A, B, C, D, vectors, run, before, y = residuals
+    by_chunk, cum, enter, leave, decay = vectors
     dy, dfinal = cotangents
-    by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     dtype = jnp.bfloat16 if tiles.planes == 1 else jnp.float32
     # Rounded once, for all that follows: y dy and x dx have to cancel where nothing is carried.
     dy = dy.astype(dtype)
@@ -112,7 +112,7 @@ def _backward(tiles, residuals, cotangents):
     grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))
     dlog = jnp.flip(jnp.cumsum(jnp.flip(grown, -1), axis=-1), -1)
     dA = (dlog * by_chunk).sum((0, 1, 3))
-    ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(dt.shape)
+    ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(*dy.shape[:2], -1)
     dB, dC = (_sum_of_blocks(array, tiles).astype(dtype) for array in (dB, dC))
     return dx, ddt, dA, dB, dC, skip.sum((0, 1, 3)), dinitial, jnp.zeros_like(run)
 
