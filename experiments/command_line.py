@@ -31,6 +31,7 @@ class Command:
 
     experiment: Experiment
     workdir: pathlib.Path
+    compilation_cache: str | None = None
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -44,7 +45,10 @@ def parse(argv: Sequence[str]) -> Command:
     values = _flag_values([argv[0], *arguments])
     with _quiet_logging():
         experiment = _experiment(values, [argv[0], *arguments])
-    return Command(experiment, _workdir(values["workdir"].value, experiment))
+    cache = values["compilation_cache"].value
+    if cache == "":
+        raise ConfigError("--compilation_cache", "a folder, or off", cache, "leave the flag out")
+    return Command(experiment, _workdir(values["workdir"].value, experiment), cache)
 
 
 def describe() -> str:
@@ -75,11 +79,17 @@ def _flag_values(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "workdir", None, "folder for checkpoints and metrics; default runs/NAME", flag_values=values
     )
+    flags.DEFINE_string(
+        "compilation_cache", None,
+        "folder for compiled programs, or off; default $JAX_COMPILATION_CACHE_DIR, or hax_jax/compiled in "
+        "the user's cache folder",
+        flag_values=values,
+    )
     return values
 
 
 def _own_flags(values: flags.FlagValues) -> Iterator[flags.Flag]:
-    return (values[name] for name in ("config", "workdir"))
+    return (values[name] for name in ("config", "workdir", "compilation_cache"))
 
 
 def _fields() -> dict[str, dataclasses.Field]:
@@ -178,7 +188,7 @@ def _unknown_flag(error: flags.UnrecognizedFlagError) -> ConfigError:
     if path in _fields():
         remedy = "only a field that is True or False can be negated"
         return ConfigError(path, "given as --config.FIELD=VALUE", f"--{error.flagname}", remedy)
-    names = ["config", "workdir", "help", *(f"config.{name}" for name in _fields())]
+    names = ["config", "workdir", "compilation_cache", "help", *(f"config.{name}" for name in _fields())]
     near = _nearest(error.flagname, names)
     hint = f"did you mean --{near}?" if near else "--help lists them"
     return ConfigError(f"--{error.flagname}", "a known flag", error.flagvalue, hint)

@@ -257,7 +257,7 @@ def _earlier(sessions: list[dict[str, Any]]) -> dict[str, Any]:
     """What the sessions before the last had other than it, where it is more than their times."""
     last = sessions[-1]
     differing = [
-        {name: value for name, value in session.items() if value != last.get(name)}
+        {name: value for name, value in session.items() if value != last.get(name) and name != "first_step"}
         for session in sessions[:-1]
     ]
     told = any(set(session).difference(_OWN_TO_A_SESSION) for session in differing)

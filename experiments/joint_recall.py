@@ -49,7 +49,7 @@ def run(command: command_line.Command) -> int:
     # Imported here, so that a mistyped command line is answered at once.
     from hax_jax import training
 
-    _prepare_jax()
+    _prepare_jax(command.compilation_cache)
     try:
         result = training.train(command.experiment, command.workdir)
     except training.TrainingError as error:
@@ -65,15 +65,13 @@ def run(command: command_line.Command) -> int:
     return FINISHED
 
 
-def _prepare_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, and checks that there is a device at all."""
+def _prepare_jax(cache: str | None) -> None:
+    """Keeps compiled programs between runs, and checks that there is a device at all."""
     import jax
 
-    # JAX_COMPILATION_CACHE_DIR, where it is set, has been read by jax already.
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = pathlib.Path(base).expanduser() / "hax_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    from hax_jax.training.compilation import keep_programs
+
+    keep_programs(cache)
     try:
         jax.devices()
     except RuntimeError as error:

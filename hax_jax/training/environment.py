@@ -17,6 +17,7 @@ import jax
 import hax_jax
 from hax_jax.config import ModelConfig
 from hax_jax.ops import dispatch
+from hax_jax.training.compilation import Compilations
 from hax_jax.training.files import write_json
 
 FORMAT_VERSION = 1
@@ -35,15 +36,22 @@ class Session:
     def __init__(self, path: pathlib.Path, model: ModelConfig | None):
         self._path, self._model = path, model
         self._started = time.time()
+        self._compilations = Compilations()
         self._sessions: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Adds this process to the file."""
+        """Adds this process to the file, when its first step is done; `first_step` says what that took.
+
+        `seconds` count from the making of this object, at the beginning of `train`.
+        """
         if self._sessions:
             return
         started = datetime.datetime.fromtimestamp(round(self._started), datetime.UTC)
         mine = {"started": started.isoformat(), "seconds": None, **describe()}
         mine["implementation"] = None if self._model is None else resolved_implementation(self._model)
+        mine["first_step"] = {
+            "seconds": round(time.time() - self._started, 1), **self._compilations.so_far()
+        }
         self._sessions = [*read_sessions(self._path), mine]
         self._write()
 

@@ -10,6 +10,7 @@ import pytest
 import hax_jax
 from hax_jax.config import ModelConfig
 from hax_jax.training import environment
+from hax_jax.training.compilation import keep_programs
 from hax_jax.training.environment import Session, read_sessions, resolved_implementation
 from hax_jax.training.loop import train
 from tests.training.tiny import TinyModel, tiny_experiment
@@ -31,6 +32,36 @@ def test_a_run_records_what_it_ran_on(tmp_path):
     # A finished run only reports its result.
     train(tiny_experiment(num_steps=2), tmp_path, model=TinyModel())
     assert len(read_sessions(tmp_path / "run.json")) == 1
+
+
+def test_time_to_the_first_step_and_what_the_cache_saved_are_recorded(tmp_path):
+    for name in ("cold", "warm"):
+        train(tiny_experiment(num_steps=2, batch_size=6), tmp_path / name, model=TinyModel())
+    (cold,), (warm,) = (read_sessions(tmp_path / name / "run.json") for name in ("cold", "warm"))
+    assert cold["first_step"]["cache"] == jax.config.jax_compilation_cache_dir
+    assert 0 < warm["first_step"]["seconds"] < 100
+    assert cold["first_step"]["cache_misses"] > 0 == warm["first_step"]["cache_misses"]
+    assert warm["first_step"]["cache_hits"] > 0
+    assert cold["first_step"]["compiling_seconds"] > 0
+
+
+def test_folder_of_compiled_programs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        keep_programs()
+        # What is set already, as by JAX_COMPILATION_CACHE_DIR, stays.
+        assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"]
+        keep_programs("off")
+        assert jax.config.jax_compilation_cache_dir is None
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "hax_jax" / "compiled")
+        keep_programs(str(tmp_path / "mine"))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_sessions_are_kept_in_order_and_one_that_is_killed_has_no_end(tmp_path):
