@@ -210,6 +210,9 @@ class DataConfig(Checked):
     n_eval_per_pair: int = integer(100, 1, 10**6)
     # Several items a row, in rows of at most so many positions; 0 gives every item a padded row of its own.
     packing: int = integer(0, 0, MAX_LENGTH)
+    # How training walks over the table sizes: as the published file does, or in an order that gives batches
+    # nearly equal numbers of tokens. The items are the same.
+    order: str = choice("file", ("file", "even"))
 
     @property
     def padded_length(self) -> int:

@@ -27,7 +27,7 @@ class RowLayout:
       rows: rows of a packed batch.
       length: positions of a row.
       first: (phases, m) int32, where each item begins, counted through all rows; the batch that begins with
-        the s-th of the `num_pairs` table sizes has phase s // stride.
+        the s-th of the `num_pairs` table sizes of a walk has phase s // stride.
       stride: see `first`.
     """
 
@@ -52,8 +52,7 @@ def row_layout(config: DataConfig, num_items: int, row_multiple: int = 1) -> Row
 
     Memory: 4 bytes for each item of each phase; there are num_pairs / gcd(num_pairs, m) phases.
     """
-    sizes = table_sizes(config).astype(np.int64)
-    lengths = num_positions(sizes[:, 0], sizes[:, 1], config)
+    lengths = _lengths(config)[walk(config)]
     stride = math.gcd(num_items, len(lengths))
     starts = np.arange(0, len(lengths), stride)
     lengths = lengths[(starts[:, None] + np.arange(num_items)) % len(lengths)]
@@ -69,6 +68,27 @@ def row_layout(config: DataConfig, num_items: int, row_multiple: int = 1) -> Row
         if used <= rows:
             return RowLayout(rows, length, places.astype(np.int32), stride)
         length += step
+
+
+def walk(config: DataConfig) -> np.ndarray:
+    """The table sizes in the order `config.order`, (num_pairs,) numbers of sizes in a sweep.
+
+    'even' sorts them by length and goes round in steps of 0.618 of their number: any few that follow each
+    other then come from all parts of the range.
+    """
+    if config.order == "file":
+        return np.arange(config.num_pairs)
+    step = round(config.num_pairs * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, config.num_pairs) > 1:
+        step += 1
+    by_length = np.argsort(_lengths(config), kind="stable")
+    return by_length[np.arange(config.num_pairs) * step % config.num_pairs]
+
+
+def _lengths(config: DataConfig) -> np.ndarray:
+    """Positions of the items of a sweep, (num_pairs,) int64."""
+    sizes = table_sizes(config).astype(np.int64)
+    return num_positions(sizes[:, 0], sizes[:, 1], config)
 
 
 def num_positions(n_context: Any, n_key: Any, config: DataConfig) -> Any:

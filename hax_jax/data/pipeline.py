@@ -19,7 +19,7 @@ from hax_jax.config import ConfigError, DataConfig
 from hax_jax.data import stream
 from hax_jax.data.batch import Batch
 from hax_jax.data.joint_recall import PAD, SPLITS
-from hax_jax.data.layout import RowLayout, num_positions, row_layout
+from hax_jax.data.layout import RowLayout, num_positions, row_layout, walk
 from hax_jax.data.reader import StoredSplit, check_settings, read_manifest
 from hax_jax.packing import Packing, ScoredPositions
 
@@ -47,24 +47,30 @@ def make_split(config: DataConfig, split: str, row_multiple: int = 1) -> "Split"
     if split not in SPLITS:
         raise ConfigError("split", f"one of {', '.join(SPLITS)}", split, "name one of these")
     source = config.train_source if split == "train" else config.eval_source
-    items = _StoredItems(config, split) if source == "dataset" else _StreamItems(config, split)
+    if split != "train":
+        config = dataclasses.replace(config, order="file")
+    items: Split = _StoredItems(config, split) if source == "dataset" else _StreamItems(config, split)
     items.row_multiple = row_multiple
+    items.walk = walk(items.config)
     return items
 
 
 class Split(abc.ABC):
-    """The items of a split, in the order of sweeps: item i has the (i mod num_pairs)-th table size.
+    """The items of a split: item i is of sweep i // num_pairs and has its (i mod num_pairs)-th table size.
 
     Attributes:
       config: the task.
       split: 'train', 'valid' or 'test'.
       num_items: how many there are, or None for an endless stream.
+      row_multiple: see `make_split`.
+      walk: (num_pairs,), in which order the iterator takes the items of a sweep.
     """
 
     config: DataConfig
     split: str
     num_items: int | None
-    row_multiple: int = 1
+    row_multiple: int
+    walk: np.ndarray
 
     def row_shape(self, batch_size: int) -> tuple[int, int]:
         """Rows, and positions of a row, of a batch of so many items."""
@@ -76,7 +82,7 @@ class Split(abc.ABC):
     def iterator(
         self, batch_size: int, *, repeat: bool, drop_remainder: bool = False
     ) -> grain.DatasetIterator[RawBatch]:
-        """Walks the split in order, in batches of fixed size.
+        """Walks the split sweep by sweep, in batches of fixed size.
 
         Args:
           batch_size: items of a batch.
@@ -91,7 +97,7 @@ class Split(abc.ABC):
         Raises:
           ValueError: `batch_size` is below 1 or leaves no batch at all.
         """
-        batches = _Batches(self.num_items, batch_size, repeat, drop_remainder)
+        batches = _Batches(self.num_items, batch_size, repeat, drop_remainder, self.walk)
         return iter(self._load(grain.MapDataset.source(batches)))
 
     @jax.named_scope("materialize")
@@ -106,7 +112,10 @@ class Split(abc.ABC):
         batch = _padded(self._tokens(raw), n_context, n_key, weight, self.config)
         if not self.config.packing:
             return batch
-        return _packed(batch, index, row_layout(self.config, index.shape[0], self.row_multiple), self.config)
+        layout = row_layout(self.config, index.shape[0], self.row_multiple)
+        # Where in its walk the batch begins.
+        start = jnp.asarray(np.argsort(self.walk))[(index[0] % jnp.uint32(len(self.walk))).astype(jnp.int32)]
+        return _packed(batch, jnp.asarray(layout.first)[start // layout.stride], layout, self.config)
 
     @abc.abstractmethod
     def _tokens(self, raw: RawBatch) -> Any:
@@ -120,11 +129,19 @@ class Split(abc.ABC):
 class _Batches:
     """Batch number -> numbers and weights of its items; a random-access source for Grain."""
 
-    def __init__(self, num_items: int | None, batch_size: int, repeat: bool, drop_remainder: bool):
+    def __init__(
+        self,
+        num_items: int | None,
+        batch_size: int,
+        repeat: bool,
+        drop_remainder: bool,
+        walk: np.ndarray | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size}; the recipe uses 64")
         self._size = batch_size
-        self._num_items = num_items or _MOST_ITEMS
+        self._walk = np.arange(1) if walk is None else walk
+        self._num_items = num_items or _MOST_ITEMS // len(self._walk) * len(self._walk)
         whole, rest = divmod(self._num_items, batch_size)
         if num_items is None:
             self._length = whole
@@ -146,7 +163,9 @@ class _Batches:
         # Python's integers do not overflow in a run that wraps round very often.
         first = int(number) * self._size
         beyond = np.arange(first % self._num_items, first % self._num_items + self._size)
-        index = (beyond % self._num_items).astype(np.uint32)
+        index = beyond % self._num_items
+        in_sweep = index % len(self._walk)
+        index = (index - in_sweep + self._walk[in_sweep]).astype(np.uint32)
         weight = np.ones(self._size, np.float32)
         if not self._repeat:
             weight[beyond >= self._num_items] = 0.0
@@ -215,11 +234,9 @@ def _padded(tokens: Any, n_context: Any, n_key: Any, weight: Any, config: DataCo
     )
 
 
-def _packed(batch: Batch, index: Any, layout: RowLayout, config: DataConfig) -> Batch:
-    """The rows that `layout` makes of a batch of padded items."""
-    phase = (index[0] % jnp.uint32(config.num_pairs)).astype(jnp.int32) // layout.stride
+def _packed(batch: Batch, first: Any, layout: RowLayout, config: DataConfig) -> Batch:
+    """The rows of `layout` with a batch of padded items that begin at `first`, (m,)."""
     length = num_positions(batch.n_context, batch.n_key, config)
-    first = jnp.asarray(layout.first)[phase]
     packing = Packing.of(first, length, layout.rows, layout.length, config.padded_length - 1)
     is_item = packing.is_item
     tokens, targets = (jnp.where(is_item, packing.to_rows(x), PAD) for x in (batch.tokens, batch.targets))

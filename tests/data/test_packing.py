@@ -32,11 +32,21 @@ def items_of(batch: Batch) -> list[list[np.ndarray]]:
     return [[x.reshape(-1)[ids == i] for x in rows] for i in range(len(batch.n_key))]
 
 
-@pytest.mark.parametrize("packing", [57, 77, 2**30])
-@pytest.mark.parametrize("size", [1, 5, 13])
-def test_packed_items_are_the_padded_items(packing, size):
-    config = dataclasses.replace(SMALL, packing=packing)
-    packed, padded = (make_split(c, "train") for c in (config, SMALL))
+@pytest.mark.parametrize(
+    ("size", "packing", "order"),
+    [
+        (1, 57, "file"),
+        (5, 57, "file"),
+        (5, 2**30, "file"),
+        (13, 77, "file"),
+        (5, 57, "even"),
+        (4, 2**30, "even"),
+    ],
+)
+def test_packed_items_are_the_padded_items(size, packing, order):
+    padded_config = dataclasses.replace(SMALL, order=order)
+    config = dataclasses.replace(padded_config, packing=packing)
+    packed, padded = (make_split(c, "train") for c in (config, padded_config))
     rows, length = packed.row_shape(size)
     assert length <= config.packing
     # As many batches as there are table sizes: every composition comes.
@@ -81,6 +91,22 @@ def test_published_sizes_fit_without_a_remainder(size, packing, devices):
         # The fullest batch of 64 in file order has 39,728 positions.
         fullest = {64: 39_728, 480: 231_168}[size]
         assert fullest <= layout.rows * layout.length <= 1.04 * fullest
+
+
+def test_an_even_order_has_the_same_items_in_fewer_positions():
+    config = DataConfig(order="even")
+    lengths = np.minimum(joint_recall.item_length(*joint_recall.table_sizes(config).T), 1057)
+    iterator = make_split(config, "train").iterator(64, repeat=True)
+    seen = [next(iterator)["index"] for _ in range(18)]
+    totals = [lengths[index % 144].sum() for index in seen]
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(18 * 64))
+    # The mean is 29,696; in the order of the file the fullest batch has 39,728.
+    assert max(totals) < 1.04 * np.mean(totals)
+    layout = row_layout(dataclasses.replace(config, packing=1408), 64)
+    assert (layout.rows, layout.length) == (22, 1408)
+    # Evaluation goes in the order of the file, whatever training does.
+    index = next(make_split(config, "valid").iterator(64, repeat=False))["index"]
+    np.testing.assert_array_equal(index, np.arange(64))
 
 
 def test_evaluation_ends_with_filler_items_and_the_last_batch_fits():

@@ -44,7 +44,7 @@ def test_a_packed_run_is_the_padded_run(packed, tmp_path):
         assert line.keys() == other.keys()
         for name in line.keys() - {"kind"}:
             assert line[name] == pytest.approx(other[name], rel=2e-4, abs=1e-6), (line["step"], name)
-    # Real tokens are the same, positions fewer: 8 items took 8 x 21 of them, now they take two batches of rows.
+    # Real tokens are the same, positions fewer: the padded rows of 8 items have 8 x 21.
     rates = [line for line in read_metrics(folder) if "positions_per_s" in line]
     for rate in rates:
         assert rate["positions_per_s"] / rate["tokens_per_s"] < 8 * 21 / rate["tokens"] - 0.1
