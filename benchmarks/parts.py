@@ -40,6 +40,7 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "mixer": "mixer_glue",
     "hax": "branch_glue",
     "block": "residual",
+    "packing": "packing",
     "draw": "draws",
     "optimizer": "optimizer",
     "update": "optimizer",

@@ -106,16 +106,19 @@ class Packing:
         """True where the padded form of an item holds one of its positions."""
         return jnp.arange(self.padded_length, dtype=jnp.int32) < self.length[:, None]
 
+    @jax.named_scope("packing")
     def spread(self, values: Array) -> Array:
         """Gives every position its item's value: (m,) integers to (r, l); of no meaning without an item."""
         return jnp.take(values, jnp.maximum(self.segment_ids, 0), axis=0, mode="clip")
 
+    @jax.named_scope("packing")
     def to_items(self, x: Array) -> Array:
         """Rows (r, l, ...) as padded items (m, padded_length, ...), zeros beyond an item's end."""
         in_items, in_rows = self._places()
         moved = move(x.reshape(1, -1, *x.shape[2:]), in_items.reshape(1, -1), in_rows.reshape(1, -1))
         return moved.reshape(*in_items.shape, *x.shape[2:])
 
+    @jax.named_scope("packing")
     def to_rows(self, x: Array) -> Array:
         """Padded items (m, padded_length, ...) as rows (r, l, ...), zeros where there is no item."""
         in_items, in_rows = self._places()
@@ -148,6 +151,7 @@ class ScoredPositions:
         """True in used places."""
         return self.position >= 0
 
+    @jax.named_scope("packing")
     def take(self, x: Array, packing: Packing | None = None) -> Array:
         """The vectors of x (b, t, ...) at scored positions, (m, s, ...), zeros in unused places."""
         if packing is None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks.attention_programs import DIRECTIONS
 from benchmarks.record import Record, read
 from benchmarks.step_program import load
 from benchmarks.trace import Event
+from experiments import results
 from hax_jax.config import ConfigError
 
 CEILINGS = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e12}
@@ -103,6 +105,12 @@ def test_the_innermost_scope_names_the_part(op_name, part):
     assert parts.part_of(op_name) == part
 
 
+def test_every_scope_of_the_code_belongs_to_a_part():
+    code = "".join(path.read_text() for path in (results.CHECKOUT / "hax_jax").rglob("*.py"))
+    scopes = set(re.findall(r'named_scope\("(\w+)"\)', code))
+    assert scopes == set(parts._PARTS)
+
+
 def test_kernels_find_their_part_by_instruction_by_name_and_by_vote():
     hlo = """
 %fused (p: f32[2]) -> f32[2] {
@@ -164,7 +172,5 @@ def test_a_bad_change_of_a_setting_is_refused(change):
 
 
 def test_every_row_of_table_3_is_measured_once():
-    from experiments.results import PAPER
-
-    assert sorted(specs.STEP_CONFIGS) == sorted(PAPER)
+    assert sorted(specs.STEP_CONFIGS) == sorted(results.PAPER)
     assert len(DIRECTIONS) == 2
