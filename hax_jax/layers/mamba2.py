@@ -44,7 +44,9 @@ class Mamba2(nnx.Module):
         self.dt_bias = nnx.Param(initializers.time_step_bias(rngs.params(), heads, config, precision.param))
         self.A_log = nnx.Param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)).astype(precision.param))
         self.D = nnx.Param(jnp.ones(heads, precision.param))
-        self.norm = GatedRMSNorm(inner, eps=config.norm_eps, precision=precision)
+        self.norm = GatedRMSNorm(
+            inner, eps=config.norm_eps, precision=precision, implementation=config.op_implementation
+        )
         # The original shrinks what the residual stream receives, so that depth does not add up.
         bound = inner**-0.5 * config.num_layers**-0.5
         self.out_proj = Linear(inner, config.hidden_size, kernel_bound=bound, precision=precision, rngs=rngs)

@@ -10,8 +10,8 @@ from flax import nnx
 from hax_jax.config import ModelConfig
 from hax_jax.interop.golden.files import Check, GoldenError, GoldenFile, largest
 from hax_jax.layers import Sequence, WindowAttention
-from hax_jax.layers.norms import gated_rms_norm, rms_norm
-from hax_jax.ops import causal_conv1d, ranking_loss, selective_scan, ssd
+from hax_jax.layers.norms import rms_norm
+from hax_jax.ops import causal_conv1d, gated_rms_norm, ranking_loss, selective_scan, ssd
 
 DOUBLE = 1e-10
 # The library built the rotation tables in float32.
@@ -54,7 +54,7 @@ def _function(golden: GoldenFile, implementation: str | None) -> tuple[Callable,
     if {"x", "weight", "bias"} <= names:
         return lambda x: _conv(x, implementation), DOUBLE
     if {"x", "z", "weight"} <= names:
-        return lambda x: {"y": gated_rms_norm(x["x"], x["z"], x["weight"], float(golden["eps"]))}, DOUBLE
+        return lambda x: _gated_rms_norm(x, golden, implementation), DOUBLE
     if {"x", "weight"} <= names:
         return lambda x: {"y": rms_norm(x["x"], x["weight"], float(golden["eps"]))}, DOUBLE
     raise GoldenError(f"{golden.path}: inputs {sorted(names)} are those of no known operation")
@@ -73,6 +73,11 @@ def _ssd(x, implementation):
     dt = jax.nn.softplus(x["dt"] + x["dt_bias"])
     y, state = ssd(x["x"], dt, x["A"], x["B"], x["C"], D=x["D"], chunk_size=32, implementation=implementation)
     return {"y": y, "final_state": state}
+
+
+def _gated_rms_norm(x, golden: GoldenFile, implementation):
+    eps = float(golden["eps"])
+    return {"y": gated_rms_norm(x["x"], x["z"], x["weight"], eps, implementation=implementation)}
 
 
 def _conv(x, implementation):

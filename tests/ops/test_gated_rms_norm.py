@@ -1,0 +1,65 @@
+"""The gated norm: every form against the reference, its kernel interpreted, lowered and on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hax_jax import ops
+from hax_jax.ops.gated_rms_norm import mosaic_gpu, reference, xla
+from tests.ops import mosaic_interpreter
+from tests.ops.cases import assert_close, normal, rng, with_gradients
+
+
+def make_inputs(*shape, dtype=jnp.float32):
+    g = rng(51, *shape)
+    return {
+        "x": normal(g, *shape, dtype=dtype),
+        "gate": 2 * normal(g, *shape, dtype=dtype),
+        "weight": normal(g, shape[-1]),
+    }
+
+
+def run(function, inputs):
+    return with_gradients(lambda x: function(x["x"], x["gate"], x["weight"], 1e-3), inputs)
+
+
+def test_xla_equals_the_reference():
+    inputs = make_inputs(2, 9, 24)
+    assert_close(run(xla.gated_rms_norm, inputs), run(reference.gated_rms_norm, inputs))
+
+
+def test_interpreted_kernel_equals_the_reference():
+    inputs = make_inputs(2, 64, 64)
+    mosaic_interpreter.install()
+    with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
+        got = jax.block_until_ready(run(mosaic_gpu.norm_in_tiles, inputs))
+    assert_close(got, run(reference.gated_rms_norm, inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernel_lowers_for_a_gpu_without_one(dtype):
+    inputs = jax.eval_shape(lambda: make_inputs(64, 1057, 128, dtype=dtype))
+
+    def loss(inputs):
+        return mosaic_gpu.norm_in_tiles(inputs["x"], inputs["gate"], inputs["weight"], 1e-5).sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+def test_calls_the_kernel_cannot_run_say_why():
+    with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*got 63 of 32"):
+        ops.gated_rms_norm(**make_inputs(63, 32), eps=1e-5, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="must be float32 or bfloat16, got float16"):
+        ops.gated_rms_norm(**make_inputs(64, 32, dtype=jnp.float16), eps=1e-5, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 32), (2, 64, 256), (64, 1057, 128)])
+def test_kernel_equals_the_chain_rule(shape, dtype):
+    inputs = make_inputs(*shape, dtype=dtype)
+    want = run(xla.gated_rms_norm, inputs)
+    jax.block_until_ready([jnp.full(2**26, jnp.nan) for _ in range(8)])
+    assert_close(run(mosaic_gpu.gated_rms_norm, inputs), want, dtype)
