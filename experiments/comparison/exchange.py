@@ -74,7 +74,12 @@ def from_experiment(experiment: Experiment, num_steps: int) -> Exchange:
         raise ConfigError(
             "data", "token ids below 256 in a comparison", experiment.data, "use smaller tables"
         )
-    experiment = dataclasses.replace(experiment, model=comparable(experiment.model))
+    experiment = dataclasses.replace(
+        experiment,
+        model=comparable(experiment.model),
+        # The original has no packed rows.
+        data=dataclasses.replace(experiment.data, packing=0),
+    )
     split = make_split(experiment.data, "train")
     batches = split.iterator(training.batch_size, repeat=True)
     model: Any = build(experiment)

@@ -13,6 +13,7 @@ COLUMNS = (
     "PyTorch",
     "JAX, parity",
     "JAX, default",
+    "default, packed rows",
     "peak memory",
 )
 _KINDS = {
@@ -21,6 +22,16 @@ _KINDS = {
     "lifetime": "selected key",
     "ranking": "ranking of the gate loss",
 }
+
+
+_Kind = tuple[str, str, bool]
+# Framework, routing and whether rows are packed, in the order of the columns.
+_BARS: tuple[_Kind, ...] = (
+    ("torch", "parity", False),
+    ("jax", "parity", False),
+    ("jax", "causal", False),
+    ("jax", "causal", True),
+)
 
 
 def section(root: pathlib.Path) -> str | None:
@@ -50,10 +61,9 @@ def _cells(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
     if first is not None:
         near = "" if first["margin"] is None else f", {first['margin']:.0e} from its boundary"
         decision = f"step {first['step']}: {_KINDS[first['kind']]}{near}"
-    rows = {(row["framework"], row["routing"]): row for row in report.speed_rows(result)}
-    kinds = (("torch", "parity"), ("jax", "parity"), ("jax", "causal"))
-    times = [_time(rows, kind) for kind in kinds]
-    memory = " / ".join(f"{rows[kind]['peak_gib']:.2f}" if kind in rows else "-" for kind in kinds)
+    rows = {_kind(row): row for row in report.speed_rows(result)}
+    times = [_time(rows, kind) for kind in _BARS]
+    memory = " / ".join(f"{rows[kind]['peak_gib']:.2f}" if kind in rows else "-" for kind in _BARS)
     return [
         f"[`{path.stem}`]({path.as_posix()})",
         str(curves["steps"]),
@@ -64,11 +74,15 @@ def _cells(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _time(rows: dict[tuple[str, str], dict[str, Any]], kind: tuple[str, str]) -> str:
+def _kind(row: dict[str, Any]) -> _Kind:
+    return row["framework"], row["routing"], bool(row["packing"])
+
+
+def _time(rows: dict[_Kind, dict[str, Any]], kind: _Kind) -> str:
     """The time of a step, and how many times faster than PyTorch that is."""
     if kind not in rows:
         return ""
-    text, torch = f"{rows[kind]['step_ms']:.2f} ms", rows.get(("torch", "parity"))
+    text, torch = f"{rows[kind]['step_ms']:.2f} ms", rows.get(_BARS[0])
     if kind[0] == "torch" or torch is None:
         return text
     return f"{text} ({torch['step_ms'] / rows[kind]['step_ms']:.1f}x)"

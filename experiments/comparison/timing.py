@@ -1,8 +1,8 @@
 """The time of a training step of both frameworks, one after the other in one process on one GPU.
 
-Each takes a batch that lies on the device already, and draws its own random numbers. A measurement is the
-median of several rounds of steps that are queued one after the other, as in training, and waited for once;
-ours are queued as many at a time as the training loop does.
+PyTorch takes a batch that lies on the device already; ours is the whole update of the training loop, which
+makes its batches on the device. Each draws its own random numbers. A measurement is the median of several
+rounds of steps that are queued one after the other, as in training, and waited for once.
 """
 
 import concurrent.futures
@@ -14,23 +14,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.step_program import StepProgram
 from experiments.comparison.exchange import Exchange
-from hax_jax.config import ConfigError, Experiment, ModelConfig
+from hax_jax.config import ConfigError, DataConfig, Experiment
 from hax_jax.data import make_split
-from hax_jax.data.batch import Batch
-from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch
 from hax_jax.training.environment import resolved_implementation
-from hax_jax.training.initialise import build
-from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.state import make_state, split_model
-from hax_jax.training.step import make_train_step
 
 ROUNDS = 5
 WARM_UP = 3
 GIB = 2**30
+# Positions of a row that several items share.
+PACKED_ROW = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +35,21 @@ class Mode:
 
     framework: str
     label: str
-    model: ModelConfig
+    experiment: Experiment
 
 
 def modes(experiment: Experiment) -> tuple[Mode, ...]:
-    """PyTorch as the original trains, the same of ours, and our default."""
-    half = dataclasses.replace(experiment.model, routing="parity", precision="bfloat16")
-    default = dataclasses.replace(experiment.model, routing="causal", precision="default")
+    """PyTorch as the original trains, the same of ours, our default, and that on packed rows."""
+    model, data = experiment.model, experiment.data
+    padded = dataclasses.replace(data, packing=0)
+    packed = dataclasses.replace(data, packing=max(PACKED_ROW, data.padded_length - 1))
+    half = dataclasses.replace(model, routing="parity", precision="bfloat16")
+    default = dataclasses.replace(model, routing="causal", precision="default")
     return (
-        Mode("torch", "PyTorch, bfloat16", half),
-        Mode("jax", "JAX, parity, bfloat16", half),
-        Mode("jax", "JAX, causal, default", default),
+        Mode("torch", "PyTorch, bfloat16", dataclasses.replace(experiment, model=half, data=padded)),
+        Mode("jax", "JAX, parity, bfloat16", dataclasses.replace(experiment, model=half, data=padded)),
+        Mode("jax", "JAX, default", dataclasses.replace(experiment, model=default, data=padded)),
+        Mode("jax", "JAX, default, packed", dataclasses.replace(experiment, model=default, data=packed)),
     )
 
 
@@ -58,44 +58,37 @@ def measure(experiment: Experiment, exchange: Exchange, num_steps: int) -> Itera
 
     Args:
       experiment: the settings of the run.
-      exchange: whose model and optimiser PyTorch uses.
-      num_steps: steps of a round.
+      exchange: whose model, optimiser and first batch PyTorch uses.
+      num_steps: least number of steps of a round.
 
     Yields:
-      One dict a mode: `framework`, `label`, `routing`, `precision`, `implementation`, then `step_ms`,
-      `peak_gib`, `positions_per_s`, `tokens_per_s`, `first_s` (building and compiling); or `error`.
+      One dict a mode: `framework`, `label`, `routing`, `precision`, `packing`, `implementation`, then
+      `step_ms`, `peak_gib`, `tokens_per_s` (pads left out), `first_s` (building and compiling); or `error`.
     """
-    batch = _batch(experiment)
-    positions, tokens = batch.tokens.size, int(np.asarray(batch.padding_mask).sum())
+    tokens = experiment.training.batch_size * tokens_of_an_item(experiment.data)
     chosen = modes(experiment)
     # JAX compiles before anything is timed, all programs at once: compiling needs cores, not the GPU.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        ready = {
-            mode: pool.submit(_prepare_jax, experiment, mode, batch)
-            for mode in chosen
-            if mode.framework == "jax"
-        }
+        ready = {mode: pool.submit(_compile, mode) for mode in chosen if mode.framework == "jax"}
         concurrent.futures.wait(ready.values())
     for mode in chosen:
+        model = mode.experiment.model
         row: dict[str, Any] = {
             "framework": mode.framework,
             "label": mode.label,
-            "routing": mode.model.routing,
-            "precision": mode.model.precision,
+            "routing": model.routing,
+            "precision": model.precision,
+            "packing": mode.experiment.data.packing,
         }
         try:
-            if mode.framework == "torch":
-                run, more = _prepare_torch(exchange, batch)
-            else:
-                run, more = ready[mode].result()
-            row |= more
+            run = _torch_run(exchange) if mode.framework == "torch" else _jax_run(mode, *ready[mode].result())
             seconds = _time(run, num_steps)
-            row |= {"peak_gib": round(run.peak_bytes() / GIB, 3), **run.notes}
-            row |= {
+            row |= run.notes | {
                 "step_ms": round(1e3 * seconds, 4),
-                "positions_per_s": round(positions / seconds),
+                "peak_gib": round(run.peak_bytes() / GIB, 3),
                 "tokens_per_s": round(tokens / seconds),
             }
+            del run
         except Exception as error:
             # Whatever a driver or a compiler raises, the other modes are still worth their time.
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
@@ -103,11 +96,18 @@ def measure(experiment: Experiment, exchange: Exchange, num_steps: int) -> Itera
         yield row
 
 
+def tokens_of_an_item(data: DataConfig) -> float:
+    """Mean number of an item's tokens that a model reads, over the table sizes."""
+    split = make_split(dataclasses.replace(data, packing=0, train_source="stream"), "train")
+    raw = next(split.iterator(data.num_pairs, repeat=True))
+    return float(np.asarray(jax.jit(split.materialize)(raw).padding_mask).sum() / data.num_pairs)
+
+
 @dataclasses.dataclass
 class _Run:
     """Training steps ready to go: `start` queues `num_steps` of them, `wait` returns when all are done."""
 
-    start: Callable[[], None]
+    start: Callable[[], Any]
     num_steps: int
     wait: Callable[[], None]
     peak_bytes: Callable[[], int]
@@ -132,53 +132,50 @@ def _time(run: _Run, num_steps: int) -> float:
     return statistics.median(rounds)
 
 
-def _batch(experiment: Experiment) -> Batch:
-    split = make_split(experiment.data, "train")
-    raw = next(split.iterator(experiment.training.batch_size, repeat=True))
-    return jax.jit(split.materialize)(raw)
-
-
-def _prepare_jax(experiment: Experiment, mode: Mode, batch: Batch) -> tuple[_Run, dict[str, Any]]:
+def _compile(mode: Mode) -> tuple[StepProgram, float]:
     begin = time.perf_counter()
-    experiment = dataclasses.replace(experiment, model=mode.model)
-    structure, params, buffers = split_model(build(experiment))
-    optimizer = make_optimizer(experiment.training)
-    state = make_state(params, buffers, optimizer, experiment.seed)
-    update = make_train_step(structure, lambda given: given, optimizer, experiment.training)
-    # As many in one program as the training loop has.
-    count = steps_per_dispatch(experiment.training, jax.default_backend())
-    raws = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, 1, *x.shape)), batch)
-    length = np.int32(count)
-    dispatch = jax.jit(make_dispatch(update), donate_argnums=0)
-    compiled = dispatch.lower(state, raws, length).compile()
-    held = [state]
+    program = StepProgram(mode.experiment)
+    program.compile()
+    return program, time.perf_counter() - begin
 
-    def start():
-        held[0], _ = compiled(held[0], raws, length)
+
+def _jax_run(mode: Mode, program: StepProgram, seconds: float) -> _Run:
+    program.start()
+    last: list[Any] = [None]
+
+    def start() -> None:
+        last[0] = program.dispatch()
 
     def wait() -> None:
-        jax.block_until_ready(held[0])
+        jax.block_until_ready(last[0])
 
     def peak() -> int:
-        memory = compiled.memory_analysis()
+        memory = program.compiled.memory_analysis()
         if memory is None:
             raise ConfigError("memory", "reported by the compiler", None, "leave the timing out")
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return needed - memory.alias_size_in_bytes
 
-    run = _Run(start, count, wait, peak, {})
-    first = round(time.perf_counter() - begin, 2)
-    how = {"implementation": resolved_implementation(mode.model), "steps_per_dispatch": count}
-    return run, {**how, "first_s": first}
+    notes = {
+        "implementation": resolved_implementation(mode.experiment.model),
+        "steps_per_dispatch": program.steps,
+        "positions": program.positions,
+        "first_s": round(seconds, 2),
+    }
+    return _Run(start, program.steps, wait, peak, notes)
 
 
-def _prepare_torch(exchange: Exchange, batch: Batch) -> tuple[_Run, dict[str, Any]]:
+def _torch_run(exchange: Exchange) -> _Run:
     from experiments.pytorch_baseline.speed import TimedStep, default_device
 
     begin = time.perf_counter()
-    tokens, targets, scored, real = (
-        np.asarray(x) for x in (batch.tokens, batch.targets, batch.score_mask, batch.padding_mask)
-    )
-    timed = TimedStep(exchange.meta, tokens, targets, scored, real, default_device())
-    run = _Run(timed.step, 1, timed.wait, timed.peak_bytes, {})
-    return run, {"implementation": timed.used, "first_s": round(time.perf_counter() - begin, 2)}
+    sequences, mask = exchange.arrays["sequences"][0], exchange.arrays["mask"][0].astype(bool)
+    tokens = sequences[:, :-1]
+    real = tokens != exchange.model.pad_token_id
+    timed = TimedStep(exchange.meta, tokens, sequences[:, 1:], mask[:, :-1], real, default_device())
+    notes = {
+        "implementation": timed.used,
+        "positions": tokens.size,
+        "first_s": round(time.perf_counter() - begin, 2),
+    }
+    return _Run(timed.step, 1, timed.wait, timed.peak_bytes, notes)

@@ -144,13 +144,17 @@ def test_margins_are_distances_to_the_boundary():
 
 def result_of(name: str, timed: bool) -> dict:
     """A comparison as the command writes it."""
-    labels = (("torch", "parity", 20.0), ("jax", "parity", 10.0), ("jax", "causal", 4.0))
+    labels = (
+        ("torch", "parity", 0, 20.0), ("jax", "parity", 0, 10.0), ("jax", "causal", 0, 4.0),
+        ("jax", "causal", 2048, 2.0),
+    )  # fmt: skip
     timing = [
         {
-            "framework": framework, "routing": routing, "label": f"{framework}, {routing}", "step_ms": step,
+            "framework": framework, "routing": routing, "packing": packing, "step_ms": step,
+            "label": f"{framework}, {routing}, {packing}",
             "peak_gib": 1.5, "tokens_per_s": 10**6, "implementation": {"ssd": "mamba_ssm 2", "conv": "c 1"},
         }
-        for framework, routing, step in labels
+        for framework, routing, packing, step in labels
     ]  # fmt: skip
     timing.append({"framework": "jax", "routing": "x", "label": "broken", "error": "out of memory"})
     first = {
@@ -196,9 +200,9 @@ def test_the_table_of_the_readme(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| [")]
     assert rows[0] == (
         "| [`z_gpu`](results/pytorch/z_gpu.json) | 3 | 1.0e-06 | step 2: selected key, 1e-07 from its "
-        "boundary | 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 1.50 / 1.50 / 1.50 GiB |"
+        "boundary | 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 2.00 ms (10.0x) | 1.50 / 1.50 / 1.50 / 1.50 GiB |"
     )
-    assert rows[1] == "| [`a_cpu`](results/pytorch/a_cpu.json) | 3 | 1.0e-06 | none |  |  |  |  |"
+    assert rows[1] == "| [`a_cpu`](results/pytorch/a_cpu.json) | 3 | 1.0e-06 | none |  |  |  |  |  |"
     assert "kernels: ssd by mamba_ssm 2; conv by c 1." in text
     assert "broken could not be timed: out of memory." in text
     (folder / "a_cpu.json").write_text("{}")
