@@ -37,7 +37,7 @@ def why_not(x, gate, weight) -> str | None:
         return f"`x`, `gate` and `weight` must be float32 or bfloat16, got {', '.join(sorted(dtypes))}"
     rows, width = x.size // x.shape[-1], x.shape[-1]
     if width % COLUMNS or rows % ROWS:
-        return f"there must be a multiple of {ROWS} rows, each a multiple of {COLUMNS} wide, got {rows} of {width}"
+        return f"`x` must have a multiple of {ROWS} rows of a multiple of {COLUMNS}, got {rows} of {width}"
     return None
 
 
@@ -54,8 +54,8 @@ def _forward(x, gate, weight, eps):
 def _backward(eps, residuals, dy):
     x, gate, weight = residuals
     width = x.shape[-1]
-    flat = (array.reshape(-1, width) for array in (x, gate, dy))
-    dx, dgate, dweight = _gradients(*flat, weight.astype(jnp.float32), eps)
+    x_rows, gate_rows, dy_rows = (array.reshape(-1, width) for array in (x, gate, dy))
+    dx, dgate, dweight = _gradients(x_rows, gate_rows, dy_rows, weight.astype(jnp.float32), eps)
     return dx.reshape(x.shape), dgate.reshape(x.shape), dweight.sum(0).astype(weight.dtype)
 
 

@@ -13,16 +13,14 @@ import jax.numpy as jnp
 from hax_jax.ops import dispatch, segments
 from hax_jax.ops.numerics import pad_time
 from hax_jax.ops.ssd.mosaic_gpu import backward, forward, states
-from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, split
+from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, split, why_not
 
 
 def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     """`ops.ssd`; the kernels' chunks have 64 positions whatever `chunk_size` says."""
-    tiles = choose_tiles(x, A, B, C)
-    reason = tiles if isinstance(tiles, str) else dispatch.missing_for_mosaic_gpu()
-    if reason:
+    if reason := why_not(x, A, B, C) or dispatch.missing_for_mosaic_gpu():
         raise ValueError(f"`implementation` of ssd cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
-    return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles)
+    return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, choose_tiles(x, B))
 
 
 def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):

@@ -17,6 +17,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     load_planes,
     params,
     split,
+    swizzled,
     tile,
     visible,
 )
@@ -66,7 +67,6 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
         plgpu.copy_smem_to_gmem(y_sm, y_ref.at[b, time, columns])
         plgpu.wait_smem_to_gmem(0)
 
-    swizzle = min(128, 2 * tiles.swizzle)
     return plgpu.kernel(
         ssd_outputs,
         out_type=jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads * p), jnp.float32),
@@ -75,11 +75,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             tile(tiles, CHUNK, n),
             tile(tiles, CHUNK, n),
             tile(tiles, width, n),
-            plgpu.SMEM(
-                (CHUNK, width),
-                jnp.float32,
-                transforms=(plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)),
-            ),
+            swizzled((CHUNK, width), jnp.float32, min(128, 2 * tiles.swizzle)),
             plgpu.Barrier(num_arrivals=4 * planes),
         ],
         grid=(batch, chunks, heads // block),

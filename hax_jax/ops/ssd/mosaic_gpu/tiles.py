@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # Positions per chunk: the rows of one warpgroup's matrix product.
 CHUNK = 64
 LOG2E = math.log2(math.e)
+_PLANES = {"bfloat16": 1, "float32": 3}
 # One value per row, one per column, of an accumulator.
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -64,40 +65,55 @@ class Tiles:
         return tuple(sorted((pair for pair in pairs if sum(pair) < left), key=sum, reverse=True))
 
 
-def choose_tiles(x, A, B, C) -> Tiles | str:
-    """Sizes for one call, or why the kernels cannot run it."""
-    heads, head_dim = x.shape[2:]
-    groups, state_size = B.shape[2:]
-    heads_per_group = heads // groups
-    planes = {"bfloat16": 1, "float32": 3}.get(x.dtype.name)
-    if planes is None or {B.dtype, C.dtype} != {x.dtype} or A.dtype == jnp.float64:
+def why_not(x, A, B, C) -> str | None:
+    """Why the kernels cannot run this call, or None if they can."""
+    if x.dtype.name not in _PLANES or {B.dtype, C.dtype} != {x.dtype} or A.dtype == jnp.float64:
         got = ", ".join(array.dtype.name for array in (x, B, C, A))
         return f"`x`, `B` and `C` must be all bfloat16 or all float32, `A` no wider than float32, got {got}"
+    head_dim, state_size = x.shape[3], B.shape[3]
     if head_dim % 16 or state_size % 16 or state_size > 128:
         return (
             "`head_dim` and `state_size` must be multiples of 16, the latter at most 128, got "
             f"{head_dim} and {state_size}"
         )
-    # The fewest bytes are moved when all heads that share B and C are in one program, if they fit.
-    widest = 128 // (1 if planes == 1 else 2)
-    fitting = [
-        count
-        for count in range(1, heads_per_group + 1)
-        if heads_per_group % count == 0 and count * head_dim % 64 == 0 and count * head_dim <= widest
-    ]
-    if not fitting:
+    if not _blocks(x, B):
         return (
-            f"the heads of a group must divide into blocks of 64 to {widest} features, got {heads_per_group} "
-            f"heads of {head_dim}"
+            f"the heads of a group must divide into blocks of 64 to {_widest(x)} features, got "
+            f"{x.shape[2] // B.shape[2]} heads of {head_dim}"
         )
-    return Tiles(head_dim, state_size, max(fitting), heads_per_group, planes)
+    return None
 
 
-def tile(tiles: Tiles, rows: int, columns: int, planes: int | None = None):
+def choose_tiles(x, B) -> Tiles:
+    """Sizes for a call that the kernels can run."""
+    # The fewest bytes are moved when all heads that share B and C are in one program, if they fit.
+    heads_per_group = x.shape[2] // B.shape[2]
+    return Tiles(x.shape[3], B.shape[3], max(_blocks(x, B)), heads_per_group, _PLANES[x.dtype.name])
+
+
+def _blocks(x, B) -> list[int]:
+    """Numbers of heads that a program can hold."""
+    heads_per_group, head_dim = x.shape[2] // B.shape[2], x.shape[3]
+    counts = (count for count in range(1, heads_per_group + 1) if heads_per_group % count == 0)
+    return [count for count in counts if count * head_dim % 64 == 0 and count * head_dim <= _widest(x)]
+
+
+def _widest(x) -> int:
+    """Features of a program's heads: what shared memory has room for."""
+    return 128 if _PLANES[x.dtype.name] == 1 else 64
+
+
+def tile(tiles: Tiles, rows: int, columns: int):
     """Shared memory for bfloat16 planes of a (rows, columns) matrix, laid out for the tensor cores."""
-    shape = (tiles.planes if planes is None else planes, rows, columns)
-    transforms = (plgpu.TilingTransform((8, tiles.swizzle // 2)), plgpu.SwizzleTransform(tiles.swizzle))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return swizzled((tiles.planes, rows, columns), jnp.bfloat16, tiles.swizzle)
+
+
+def swizzled(shape: tuple[int, ...], dtype, swizzle: int):
+    """Shared memory in tiles of 8 rows of `swizzle` bytes, which no two rows of a warp hit at once."""
+    width = swizzle // jnp.dtype(dtype).itemsize
+    # mypy takes methods without a body for abstract ones.
+    tiling = plgpu.TilingTransform((8, width))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 def load(ref, layout):
