@@ -23,6 +23,7 @@ from hax_jax.config import ConfigError, Experiment
 HELP_FLAGS = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
 CONFIG_FILE = "a Python file whose get_config() returns the settings"
 EXAMPLE = "--config=configs/mamba2_hax.py"
+_OWN_FLAGS = ("config", "workdir", "compilation_cache", "distributed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Command:
     experiment: Experiment
     workdir: pathlib.Path
     compilation_cache: str | None = None
+    distributed: bool = False
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -48,7 +50,8 @@ def parse(argv: Sequence[str]) -> Command:
     cache = values["compilation_cache"].value
     if cache == "":
         raise ConfigError("--compilation_cache", "a folder, or off", cache, "leave the flag out")
-    return Command(experiment, _workdir(values["workdir"].value, experiment), cache)
+    workdir = _workdir(values["workdir"].value, experiment)
+    return Command(experiment, workdir, cache, values["distributed"].value)
 
 
 def describe() -> str:
@@ -85,11 +88,15 @@ def _flag_values(argv: Sequence[str]) -> flags.FlagValues:
         "the user's cache folder",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "distributed", False, "one of several processes that train together; see docs/scaling.md",
+        flag_values=values,
+    )
     return values
 
 
 def _own_flags(values: flags.FlagValues) -> Iterator[flags.Flag]:
-    return (values[name] for name in ("config", "workdir", "compilation_cache"))
+    return (values[name] for name in _OWN_FLAGS)
 
 
 def _fields() -> dict[str, dataclasses.Field]:
@@ -188,7 +195,7 @@ def _unknown_flag(error: flags.UnrecognizedFlagError) -> ConfigError:
     if path in _fields():
         remedy = "only a field that is True or False can be negated"
         return ConfigError(path, "given as --config.FIELD=VALUE", f"--{error.flagname}", remedy)
-    names = ["config", "workdir", "compilation_cache", "help", *(f"config.{name}" for name in _fields())]
+    names = [*_OWN_FLAGS, "help", *(f"config.{name}" for name in _fields())]
     near = _nearest(error.flagname, names)
     hint = f"did you mean --{near}?" if near else "--help lists them"
     return ConfigError(f"--{error.flagname}", "a known flag", error.flagvalue, hint)

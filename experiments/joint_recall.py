@@ -49,7 +49,7 @@ def run(command: command_line.Command) -> int:
     # Imported here, so that a mistyped command line is answered at once.
     from hax_jax import training
 
-    _prepare_jax(command.compilation_cache)
+    _prepare_jax(command)
     try:
         result = training.train(command.experiment, command.workdir)
     except training.TrainingError as error:
@@ -65,13 +65,16 @@ def run(command: command_line.Command) -> int:
     return FINISHED
 
 
-def _prepare_jax(cache: str | None) -> None:
-    """Keeps compiled programs between runs, and checks that there is a device at all."""
+def _prepare_jax(command: command_line.Command) -> None:
+    """Joins the run's other processes, keeps compiled programs, and checks that there is a device at all."""
     import jax
 
+    from hax_jax.training import processes
     from hax_jax.training.compilation import keep_programs
 
-    keep_programs(cache)
+    if command.distributed:
+        processes.join()
+    keep_programs(command.compilation_cache)
     try:
         jax.devices()
     except RuntimeError as error:

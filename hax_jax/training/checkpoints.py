@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 
 from hax_jax.config import ConfigError
 from hax_jax.training.errors import CheckpointError
-from hax_jax.training.files import check_sums, plain, sync_folder, write_sums
+from hax_jax.training.files import check_sums, make_folders, plain, sync_folder, write_sums
+from hax_jax.training.processes import from_primary, is_primary
 from hax_jax.training.workdir import FORMAT_VERSION, config_differences, settings_differences
 
 Arrays = dict[str, np.ndarray]
@@ -73,8 +74,10 @@ class Checkpoints:
         If the one before it is still being written this waits. If that failed (a full disk) it says so and
         the run goes on: what was there before is still there.
         """
+        if not is_primary():
+            return
         try:
-            self.wait()
+            self._finish()
         except CheckpointError as error:
             self._say(str(error))
         arrays = host_arrays(tree)
@@ -90,6 +93,11 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
+        self._finish()
+        # The other processes have waited for nothing yet.
+        from_primary(0)
+
+    def _finish(self) -> None:
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
@@ -127,7 +135,15 @@ class Checkpoints:
         return Restored(step, arrays, meta)
 
     def newest(self, *, at_most: int | None = None) -> Restored | None:
-        """The newest whole checkpoint, or None; says so where a newer one had to be passed over."""
+        """The newest whole checkpoint, or None; says so where a newer one had to be passed over.
+
+        Of several processes the first decides which one it is, and all read it.
+        """
+        restored = self._newest(at_most) if is_primary() else None
+        step = from_primary(-1 if restored is None else restored.step)
+        return restored if is_primary() or step < 0 else self.read(step)
+
+    def _newest(self, at_most: int | None) -> Restored | None:
         for step in reversed(self.steps()):
             if at_most is None or step <= at_most:
                 try:
@@ -138,7 +154,7 @@ class Checkpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints newer than `step` out of the way, to `set_aside/`; nothing is deleted."""
-        for other in self.steps():
+        for other in self.steps() if is_primary() else ():
             if other > step:
                 self._set_aside(other)
 
@@ -176,16 +192,27 @@ class Checkpoints:
 
     def _manager(self) -> ocp.CheckpointManager:
         if self._lazy_manager is None:
-            writes = self._writer is not None
+            writes = self._writer is not None and is_primary()
+            if writes:
+                make_folders(self.folder)
             options = ocp.CheckpointManagerOptions(
-                create=writes,
+                create=False,
                 # What a run that was killed left half-written; a reader must not touch a running one's.
                 cleanup_tmp_directories=writes,
                 enable_async_checkpointing=False,
                 save_root_metadata=False,
+                multiprocessing_options=_alone(),
             )
             self._lazy_manager = ocp.CheckpointManager(self.folder, options=options)
         return self._lazy_manager
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax waits for no other process: the first one writes by itself, and each reads by itself."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    mine = jax.process_index()
+    return ocp.options.MultiprocessingOptions(mine, {mine}, f"process{mine}")
 
 
 def writer_thread() -> concurrent.futures.ThreadPoolExecutor:

@@ -29,6 +29,7 @@ from hax_jax.training.errors import CheckpointError, TrainingError
 from hax_jax.training.evaluate import EvalResult, make_evaluators
 from hax_jax.training.metrics import open_metrics
 from hax_jax.training.optimizer import make_optimizer
+from hax_jax.training.processes import SharedStop
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
 from hax_jax.training.restore import read_best
@@ -73,7 +74,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
     """
     console = Console()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = SharedStop(stack.enter_context(StopRequest()))
         module = None if model is None else type(model).__qualname__
         folder = stack.enter_context(RunFolder(pathlib.Path(workdir).absolute(), experiment, module))
         if (result := folder.result()) is not None:
@@ -115,7 +116,7 @@ class Run:
         folder: RunFolder,
         model: nnx.Module | None,
         console: Console,
-        stop: StopRequest,
+        stop: SharedStop,
     ):
         self.experiment, self.training = experiment, experiment.training
         self.folder, self.console, self.stop = folder, console, stop
@@ -217,6 +218,7 @@ class Run:
             self._write_metrics()
             if self._is_due(training.log_every_steps):
                 self.unwritten = self.step, metrics
+                self.stop.agree()
             if not said and self.step >= begin + _STEPS_TIMED:
                 self._say_if_long()
                 said = True

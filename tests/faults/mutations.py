@@ -113,7 +113,8 @@ def _types(generator: random.Random) -> Command:
 
 def _ranges(generator: random.Random) -> Command:
     """A number that the field's own check refuses."""
-    name, field = generator.choice([item for item in _FIELDS.items() if not isinstance(item[1].default, str | bool)])
+    numbers = [item for item in _FIELDS.items() if not isinstance(item[1].default, str | bool)]
+    name, field = generator.choice(numbers)
     while True:
         size = 10 ** generator.uniform(0, 20)
         value: Any = generator.choice((-size, size, 0.0, -1.0, float("inf")))
