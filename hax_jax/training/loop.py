@@ -67,8 +67,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
 
     Raises:
       ConfigError: a setting cannot be used, or `workdir` holds another run. Nothing has been changed.
-      NonFiniteError: more updates than `max_refused_updates` were refused because the loss or a gradient was
-        infinite or not a number.
+      NonFiniteError: more than `max_refused_updates` updates were refused because they were not finite.
       CheckpointError: the state could not be saved at the end.
       TrainingError: the base of these; by itself, a file could not be read or written.
     """
@@ -373,8 +372,7 @@ class Run:
         return dataclasses.asdict(self.best)
 
     def _check_state(self) -> None:
-        refused, bad_step = jax.device_get((self.state.refused, self.state.bad_step))
-        self._check_refused(int(refused), int(bad_step))
+        self._check_refused(*map(int, jax.device_get((self.state.refused, self.state.bad_step))))
 
     def _check_refused(self, count: int, bad_step: int) -> None:
         """Says which updates were refused, and ends the run where they are too many."""

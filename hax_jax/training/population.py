@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hax_jax.config import Experiment
+from hax_jax.config import ConfigError, Experiment
 from hax_jax.training.errors import NonFiniteError
 from hax_jax.training.evaluate import EvalResult
 from hax_jax.training.files import make_folders
@@ -34,6 +34,11 @@ class PopulationRun(Run):
     """A run whose state, metrics and best arrays have a leading axis of members."""
 
     def __init__(self, experiment: Experiment, *arguments: Any):
+        if jax.process_count() > 1:
+            raise ConfigError(
+                "training.population_seeds", "left empty, as the rates, with several processes",
+                experiment.training.population_seeds, "train a population in one process",
+            )
         super().__init__(experiment, *arguments)
         self.members = experiment.members
         self.best = [Best()] * len(self.members)

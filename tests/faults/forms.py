@@ -44,26 +44,37 @@ def _accumulated(workdir: pathlib.Path) -> RunResult:
     return train(_experiment(batch_size=4, grad_accumulation_steps=2), workdir, model=TinyModel())
 
 
-def _hax(workdir: pathlib.Path) -> RunResult:
-    model = ModelConfig(
-        arch="mamba2",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        num_layers=1,
-        state_size=4,
-        num_heads=2,
-        head_dim=8,
-        chunk_size=8,
-        sparse_arch="sign_bin_lsh+key_selection",
-        sparse_keys=4,
-        num_hash=2,
-    )
-    return train(dataclasses.replace(_experiment(), model=model), workdir)
+def _dispatched(workdir: pathlib.Path) -> RunResult:
+    return train(_experiment(steps_per_dispatch=3), workdir, model=TinyModel())
 
+
+def _population(workdir: pathlib.Path) -> RunResult:
+    population = {"population_seeds": "3,0", "population_learning_rates": "0.02,0.005"}
+    return train(_experiment(**population), workdir, model=TinyModel())
+
+
+def _hax(workdir: pathlib.Path, packing: int = 0) -> RunResult:
+    model = ModelConfig(
+        arch="mamba2", vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2,
+        head_dim=8, chunk_size=8, sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2,
+    )
+    experiment = _experiment()
+    data = dataclasses.replace(experiment.data, packing=packing)
+    return train(dataclasses.replace(experiment, model=model, data=data), workdir)
+
+
+def _packed(workdir: pathlib.Path) -> RunResult:
+    return _hax(workdir, packing=30)
+
+
+_MEMBERS = [f"members/tiny_lr{rate}_seed{seed}" for rate in ("0.02", "0.005") for seed in (3, 0)]
 
 FORMS: dict[str, Form] = {
     "plain": Form(_plain),
     "accumulated": Form(_accumulated),
     "hax": Form(_hax),
     "devices": Form(_plain, devices=8),
+    "dispatched": Form(_dispatched),
+    "packed": Form(_packed),
+    "population": Form(_population, members=("", *_MEMBERS)),
 }

@@ -93,9 +93,9 @@ class Undisturbed:
                 yield f"{member}/result.json differs"
             for kind in KINDS:
                 found, wanted = whole(mine / kind), whole(other / kind)
-                if not found or max(found) != max(wanted):
-                    yield f"{member}/{kind}: the newest is {max(found, default=None)}, not {max(wanted)}"
-                    continue
+                newest = max(found, default=None), max(wanted, default=None)
+                if newest[0] != newest[1]:
+                    yield f"{member}/{kind}: the newest is {newest[0]}, not {newest[1]}"
                 for step in found.keys() & wanted.keys():
                     a, b = found[step], wanted[step]
                     if digest_of(a.arrays, a.meta) != digest_of(b.arrays, b.meta):

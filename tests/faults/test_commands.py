@@ -23,8 +23,8 @@ def test_harness_notices_a_traceback_and_a_wrong_status(monkeypatch):
     def broken(arguments):
         raise KeyError(arguments)
 
-    monkeypatch.setattr(commands.joint_recall, "main", broken)
-    monkeypatch.setattr(commands.create_dataset, "main", lambda arguments: 1)
+    monkeypatch.setattr(mutations.joint_recall, "main", broken)
+    monkeypatch.setattr(mutations.create_dataset, "main", lambda arguments: 1)
     tally = commands.try_commands(60, SEED, 100.0)
     kinds = {detail["kind"] for detail in tally.details}
     assert "create_dataset.py" in kinds and len(kinds) > 2
