@@ -93,10 +93,10 @@ def test_a_step_is_measured_and_taken_apart(tmp_path):
 
 def test_scans_are_measured_and_absent_peers_named(tmp_path, capsys):
     path = tmp_path / "scans.json"
-    assert run("scans", "--tiny", f"--out={path}", "--only=xla,forward_backward") == 0
+    assert run("scans", "--tiny", f"--out={path}", "--only=xla,forward") == 0
     content = read(path, "scans")
     times = {m["id"]: m["time"]["seconds"] for m in content["measurements"]}
-    assert set(times) == {f"{op}/tiny/xla/forward_backward" for op in ("selective_scan", "ssd")}
+    assert set(times) == {f"{op}/tiny/xla/forward" for op in ("selective_scan", "ssd")}
     said = capsys.readouterr().out
     assert all(f"not measured: {name}" in said for name in content["sessions"][0]["absent"])
 
