@@ -362,7 +362,9 @@ class Experiment(Checked):
         alone = dataclasses.replace(training, population_seeds="", population_learning_rates="")
         return tuple(
             dataclasses.replace(
-                self, name=f"{self.name}_lr{rate!r}_seed{seed}", seed=seed,
+                self,
+                name=f"{self.name}_lr{rate!r}_seed{seed}",
+                seed=seed,
                 training=dataclasses.replace(alone, learning_rate=rate),
             )
             for rate in as_numbers(training.population_learning_rates, float) or [training.learning_rate]

@@ -52,7 +52,14 @@ def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[in
         raise ValueError(f"`{argument}` of {op} must have shape ({legend}) = {expected}, got {got}")
 
 
-def has_mosaic_gpu() -> bool:
-    """Whether the default device is a GPU that Mosaic GPU kernels are made for: Hopper or newer."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", "0")) >= 9.0
+def best(why_not: str | None) -> str:
+    """What None means for an op whose kernels are the fastest form wherever they run.
+
+    On several devices XLA would gather the inputs of a kernel and run all of it on each of them, so there the
+    form that it can divide is preferred.
+
+    Args:
+      why_not: why the kernels cannot run the call, None if they can.
+    """
+    kernels = why_not is None and missing_for_mosaic_gpu() is None and jax.device_count() == 1
+    return "mosaic_gpu" if kernels else "xla"

@@ -23,17 +23,15 @@ LANES = 128
 UNROLL = 8
 
 
-def pays(shape) -> bool:
-    """Whether the kernel can run and is the fastest form for rows (b, t)."""
-    return shape[1] <= MAX_LENGTH and (interpret is not None or dispatch.has_mosaic_gpu())
+def why_not(shape) -> str | None:
+    """Why the kernel should not be used for rows (b, t), or None if it should."""
+    return f"rows must be at most {MAX_LENGTH} long, got {shape[1]}" if shape[1] > MAX_LENGTH else None
 
 
-def check(op: str, shape) -> None:
+def check(op: str) -> None:
     """Raises ValueError where the kernel cannot run."""
-    if interpret is None and not dispatch.has_mosaic_gpu():
-        raise ValueError(
-            f"`implementation` 'mosaic_gpu' of {op} needs a Hopper GPU or a newer one; use 'xla', or None"
-        )
+    if interpret is None and (reason := dispatch.missing_for_mosaic_gpu()):
+        raise ValueError(f"`implementation` of {op} cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
 
 
 def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past_only=False):

@@ -49,9 +49,7 @@ class Session:
         started = datetime.datetime.fromtimestamp(round(self._started), datetime.UTC)
         mine = {"started": started.isoformat(), "seconds": None, **describe()}
         mine["implementation"] = None if self._model is None else resolved_implementation(self._model)
-        mine["first_step"] = {
-            "seconds": round(time.time() - self._started, 1), **self._compilations.so_far()
-        }
+        mine["first_step"] = {"seconds": round(time.time() - self._started, 1), **self._compilations.so_far()}
         self._sessions = [*read_sessions(self._path), mine]
         self._write()
 

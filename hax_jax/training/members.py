@@ -41,7 +41,9 @@ def write_member(
     members = Experiment.from_dict(config["experiment"]).members
     if not 0 <= index < len(members):
         raise ConfigError(
-            "member", f"0..{len(members) - 1}" if members else "left out: this is no population", index,
+            "member",
+            f"0..{len(members) - 1}" if members else "left out: this is no population",
+            index,
             f"see the members in {workdir / 'result.json'}" if members else "name the folder of one",
         )
     checkpoints = Checkpoints(workdir / "checkpoints", 1, say)

@@ -208,7 +208,9 @@ def _summary(
         del entry["members"], entry["test_accuracy_std"], entry["test_by_size"]
         listed.append(
             {
-                "name": member.name, "seed": member.seed, "learning_rate": member.training.learning_rate,
+                "name": member.name,
+                "seed": member.seed,
+                "learning_rate": member.training.learning_rate,
                 **copy.deepcopy(entry),
             }
         )

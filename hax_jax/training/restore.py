@@ -88,7 +88,9 @@ def check_single(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Raises ConfigError where a folder is that of a population, whose members have folders of their own."""
     if experiment.members:
         raise ConfigError(
-            "workdir", "the folder of a run of one model", str(workdir),
+            "workdir",
+            "the folder of a run of one model",
+            str(workdir),
             f"it is a population: name one of the folders in {workdir / 'members'}",
         )
 

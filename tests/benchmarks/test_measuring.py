@@ -72,13 +72,20 @@ def test_a_gpu_trace_is_its_streams_alone(tmp_path):
     def span(name, begin, length, tid, **arguments):
         return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": begin, "dur": length, "args": arguments}
 
-    path = _trace_file(tmp_path, [
-        named("process", "/device:GPU:0", pid=1), named("process", "/host:CPU", pid=2),
-        named("thread", "Stream #7(Compute)", pid=1, tid=7), named("thread", "XLA Ops", pid=1, tid=8),
-        span("late_fusion", 30, 10, 7), span("add_fusion", 0, 10, 7, hlo_op="add.1"),
-        span("add.1", 0, 10, 8), span("MemcpyD2D", 5, 10, 7),
-        {"ph": "X", "pid": 2, "tid": 7, "name": "python", "ts": 0, "dur": 99},
-    ])
+    path = _trace_file(
+        tmp_path,
+        [
+            named("process", "/device:GPU:0", pid=1),
+            named("process", "/host:CPU", pid=2),
+            named("thread", "Stream #7(Compute)", pid=1, tid=7),
+            named("thread", "XLA Ops", pid=1, tid=8),
+            span("late_fusion", 30, 10, 7),
+            span("add_fusion", 0, 10, 7, hlo_op="add.1"),
+            span("add.1", 0, 10, 8),
+            span("MemcpyD2D", 5, 10, 7),
+            {"ph": "X", "pid": 2, "tid": 7, "name": "python", "ts": 0, "dur": 99},
+        ],
+    )
     events = trace.read(path)
     assert [event.name for event in events] == ["add_fusion", "MemcpyD2D", "late_fusion"]
     assert events[0].op == "add.1" and events[1].is_copy
@@ -126,10 +133,13 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 """
     found = parts.of_program(hlo)
     assert {name: found[name] for name in ("sort.3", "loop_fusion.2", "copy.9")} == {
-        "sort.3": "hashing", "loop_fusion.2": "scan", "copy.9": parts.COPIES,
+        "sort.3": "hashing",
+        "loop_fusion.2": "scan",
+        "copy.9": parts.COPIES,
     }
     events = [
-        Event("anything", "sort.3", 0.0, 2.0, False), Event("loop_fusion_2", None, 2.0, 4.0, False),
+        Event("anything", "sort.3", 0.0, 2.0, False),
+        Event("loop_fusion_2", None, 2.0, 4.0, False),
         Event("cutlass_gemm", None, 6.0, 1.0, False),
     ]
     result = parts.breakdown(events, found, calls=2)

@@ -1,6 +1,6 @@
 """One run on 1, 2 and 8 simulated devices: how far apart losses and parameters are, step by step.
 
-    python tests/faults/devices.py DEVICES FOLDER [STEP]     # trains; with STEP goes on from that checkpoint
+python tests/faults/devices.py DEVICES FOLDER [STEP]     # trains; with STEP goes on from that checkpoint
 """
 
 import dataclasses
@@ -34,13 +34,27 @@ _WITHOUT_EFFECT = ("scorer.layers.1.bias", "scorer.layers.2.bias")
 def experiment() -> Experiment:
     """50 steps of a model with every discrete decision: hash codes and key selection, in two layers."""
     model = ModelConfig(
-        arch="mamba2", vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=2, state_size=4, num_heads=2,
-        head_dim=8, chunk_size=8, sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2,
+        arch="mamba2",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=8,
+        num_layers=2,
+        state_size=4,
+        num_heads=2,
+        head_dim=8,
+        chunk_size=8,
+        sparse_arch="sign_bin_lsh+key_selection",
+        sparse_keys=4,
+        num_hash=2,
         precision="float32",
     )
     training = tiny_experiment(
-        num_steps=50, log_every_steps=1, eval_every_steps=25, checkpoint_every_steps=10, learning_rate=2e-3,
-        batch_size=16, warmup_steps=5,
+        num_steps=50,
+        log_every_steps=1,
+        eval_every_steps=25,
+        checkpoint_every_steps=10,
+        learning_rate=2e-3,
+        batch_size=16,
+        warmup_steps=5,
     )
     return dataclasses.replace(training, model=model)
 

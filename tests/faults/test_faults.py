@@ -77,7 +77,9 @@ def test_comparison_notices_every_kind_of_difference(undisturbed: Undisturbed, t
 
 def test_kills_are_drawn_from_all_phases(undisturbed: Undisturbed):
     record = {
-        "phases": dict.fromkeys(PHASES, 20), "seconds_in": dict.fromkeys(PHASES, 0.1), "seconds": 2.0,
+        "phases": dict.fromkeys(PHASES, 20),
+        "seconds_in": dict.fromkeys(PHASES, 0.1),
+        "seconds": 2.0,
         "calls": {"fsync": 100, "rename": 10},
     }
     generator = random.Random(1)

@@ -19,9 +19,20 @@ DATA = DataConfig(min_n_context=1, max_n_context=3, min_n_key=2, max_n_key=3, n_
 PACKED = dataclasses.replace(DATA, packing=60)
 NUM_ITEMS = 7
 SMALL = ModelConfig(
-    vocab_size=30, hidden_size=16, state_size=8, num_heads=4, head_dim=8, chunk_size=16, num_hash=2,
-    sparse_keys=8, data_max_length=24, attention_heads=2, attention_window=6, mlp_size=24,
-    time_step_rank=2, precision="float64",
+    vocab_size=30,
+    hidden_size=16,
+    state_size=8,
+    num_heads=4,
+    head_dim=8,
+    chunk_size=16,
+    num_hash=2,
+    sparse_keys=8,
+    data_max_length=24,
+    attention_heads=2,
+    attention_window=6,
+    mlp_size=24,
+    time_step_rank=2,
+    precision="float64",
 )
 HAX = "sign_bin_lsh+key_selection"
 CASES = {
@@ -43,7 +54,10 @@ CASES = {
         "routing": "parity",
     },
     "mamba key selection, parity": {
-        "arch": "mamba", "sparse_arch": "key_selection", "sparse_keys": 30, "routing": "parity",
+        "arch": "mamba",
+        "sparse_arch": "key_selection",
+        "sparse_keys": 30,
+        "routing": "parity",
         "num_layers": 1,
     },
     "samba": {"arch": "samba"},
@@ -84,8 +98,12 @@ def objective(structure, buffers):
 
     def loss(params, batch, draws):
         output = structure.merge(params, buffers)(
-            batch.tokens, padding_mask=batch.padding_mask, packing=batch.packing, scored=batch.scored,
-            draws=draws, train=True,
+            batch.tokens,
+            padding_mask=batch.padding_mask,
+            packing=batch.packing,
+            scored=batch.scored,
+            draws=draws,
+            train=True,
         )
         entropy = token_losses(output.logits, batch).sum() / batch.scored.used.sum()
         parts = entropy, output.gate_loss, sequence_accuracy(output.logits, batch)

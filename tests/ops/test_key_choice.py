@@ -187,7 +187,7 @@ def test_interpreted_kernels_equal_the_reference():
 
 
 def test_kernels_lower_for_hopper(monkeypatch):
-    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
     codes, scores = jnp.zeros((3, 1057), jnp.int32), jnp.zeros((3, 1057))
     for function, arguments in (
         (lambda x: ops.bucket_orders(x, x, implementation="mosaic_gpu"), codes),
@@ -198,11 +198,15 @@ def test_kernels_lower_for_hopper(monkeypatch):
 
 
 def test_kernels_say_what_they_need():
-    if ops.dispatch.has_mosaic_gpu():
+    if not ops.dispatch.missing_for_mosaic_gpu():
         pytest.skip("there is a GPU that they can run on")
-    with pytest.raises(ValueError, match="'mosaic_gpu' of key_lifetimes needs a Hopper GPU"):
+    with pytest.raises(
+        ValueError, match="key_lifetimes cannot be 'mosaic_gpu' here: needs an NVIDIA Hopper GPU"
+    ):
         ops.key_lifetimes(jnp.zeros((1, 4)), 2, implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match="'mosaic_gpu' of bucket_orders needs a Hopper GPU"):
+    with pytest.raises(
+        ValueError, match="bucket_orders cannot be 'mosaic_gpu' here: needs an NVIDIA Hopper GPU"
+    ):
         ops.bucket_orders(*[jnp.zeros((1, 4), jnp.int32)] * 2, implementation="mosaic_gpu")
 
 

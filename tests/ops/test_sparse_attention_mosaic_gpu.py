@@ -105,7 +105,7 @@ def test_kernels_lower_for_hopper(layout, names, n, e, dtype, monkeypatch):
     """Layouts, shapes and shared memory, as far as they can be checked without a GPU."""
     # Made while None still means what this machine can run.
     key_set = make_key_set(SOURCES[names], 200, None)
-    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
     use(layout, monkeypatch)
 
     def loss(inputs):
@@ -122,10 +122,12 @@ def test_calls_that_the_kernels_cannot_run(monkeypatch):
     inputs = make_inputs(length, 1, 8, 12, "float32")
     key_set = make_key_set(SOURCES["hax"], length, None)
     call = functools.partial(ops.sparse_attention, implementation="mosaic_gpu")
-    if not ops.dispatch.has_mosaic_gpu():
-        with pytest.raises(ValueError, match="'mosaic_gpu' of sparse_attention needs a Hopper GPU"):
+    if ops.dispatch.missing_for_mosaic_gpu():
+        with pytest.raises(
+            ValueError, match="sparse_attention cannot be 'mosaic_gpu' here: needs an NVIDIA Hopper GPU"
+        ):
             call(*inputs, key_set)
-    monkeypatch.setattr(ops.dispatch, "has_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
     with pytest.raises(ValueError, match="all bfloat16 or all float32, got float32, float32, bfloat16"):
         call(*inputs[:2], inputs[2].astype(jnp.bfloat16), key_set)
     with pytest.raises(ValueError, match="at most 128 features, got 200"):

@@ -12,8 +12,17 @@ from hax_jax.training.metrics import read_metrics
 from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, start_python, tiny_experiment
 
 MODEL = ModelConfig(
-    vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2, head_dim=8, chunk_size=8,
-    sparse_arch="sign_bin_lsh+key_selection", sparse_keys=8, num_hash=2, precision="float32",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=8,
+    num_layers=1,
+    state_size=4,
+    num_heads=2,
+    head_dim=8,
+    chunk_size=8,
+    sparse_arch="sign_bin_lsh+key_selection",
+    sparse_keys=8,
+    num_hash=2,
+    precision="float32",
 )
 
 

@@ -83,7 +83,8 @@ def test_members_are_every_rate_with_every_seed():
     rates_and_seeds = [(m.training.learning_rate, m.seed) for m in population().members]
     assert rates_and_seeds == [(0.02, 3), (0.02, 0), (0.005, 3), (0.005, 0)]
     assert [m.name for m in population(population_learning_rates="").members] == [
-        "tiny_lr0.02_seed3", "tiny_lr0.02_seed0"
+        "tiny_lr0.02_seed3",
+        "tiny_lr0.02_seed0",
     ]
     assert all(m.members == () for m in population().members)
     assert Experiment().members == ()
@@ -169,8 +170,14 @@ def test_population_without_a_member_left_ends(tmp_path):
 
 def test_members_begin_as_they_do_alone():
     model = ModelConfig(
-        arch="mamba", vocab_size=VOCAB_SIZE, hidden_size=4, num_layers=1, state_size=2, time_step_rank=1,
-        sparse_arch="sign_bin_lsh", num_hash=2,
+        arch="mamba",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=4,
+        num_layers=1,
+        state_size=2,
+        time_step_rank=1,
+        sparse_arch="sign_bin_lsh",
+        num_hash=2,
     )
     experiment = dataclasses.replace(population(), model=model)
     mesh = make_mesh()

@@ -42,7 +42,8 @@ def causal_conv1d(
 
     Source: Mamba (arXiv 2312.00752), figure 3. Memory grows as b t c.
     """
-    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
+    preferred = dispatch.best(mosaic_gpu.why_not(x, weight))
+    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, preferred)
     width, channels = weight.shape
     dispatch.check_shape("causal_conv1d", "weight", weight.shape, (width, x.shape[2]), "w, c")
     if bias is not None:

@@ -41,7 +41,8 @@ def gated_rms_norm(
 
     Source: Mamba-2 (arXiv 2405.21060), section 7. Memory grows as the input.
     """
-    function = dispatch.resolve("gated_rms_norm", implementation, IMPLEMENTATIONS)
+    preferred = dispatch.best(mosaic_gpu.why_not(x, gate, weight))
+    function = dispatch.resolve("gated_rms_norm", implementation, IMPLEMENTATIONS, preferred)
     dispatch.check_shape("gated_rms_norm", "gate", gate.shape, x.shape, "..., d")
     dispatch.check_shape("gated_rms_norm", "weight", weight.shape, x.shape[-1:], "d")
     return function(x, gate, weight, eps)

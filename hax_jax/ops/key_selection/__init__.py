@@ -46,7 +46,7 @@ def key_lifetimes(
     Source: HAX (arXiv 2507.00449), section 4, restated; the README beside this file derives it. Memory grows
     as b t ('xla').
     """
-    preferred = "mosaic_gpu" if pairs_mosaic_gpu.pays(scores.shape) else "xla"
+    preferred = dispatch.best(pairs_mosaic_gpu.why_not(scores.shape))
     function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS, preferred)
     if num_keys < 1:
         raise ValueError(f"`num_keys` of key_lifetimes must be at least 1, got {num_keys}")

@@ -9,9 +9,9 @@ from hax_jax.ops.sorting import descending
 
 
 def key_lifetimes(scores, num_keys, segment_ids):
-    pairs_mosaic_gpu.check("key_lifetimes", scores.shape)
+    pairs_mosaic_gpu.check("key_lifetimes")
     length = scores.shape[1]
-    if length > pairs_mosaic_gpu.MAX_LENGTH or scores.dtype == jnp.float64:
+    if pairs_mosaic_gpu.why_not(scores.shape) or scores.dtype == jnp.float64:
         return xla.key_lifetimes(scores, num_keys, segment_ids)
     # Signed integers in the same order: the smaller, the better.
     rank = lax.bitcast_convert_type(descending(scores) ^ jnp.uint32(1 << 31), jnp.int32)

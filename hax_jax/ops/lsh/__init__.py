@@ -89,7 +89,7 @@ def bucket_orders(
 
     Source: design of this project, after HAX (arXiv 2507.00449), section 4. Memory grows as b t ('xla').
     """
-    preferred = "mosaic_gpu" if pairs_mosaic_gpu.pays(query_code.shape) else "xla"
+    preferred = dispatch.best(pairs_mosaic_gpu.why_not(query_code.shape))
     function = dispatch.resolve("bucket_orders", implementation, IMPLEMENTATIONS, preferred)
     dispatch.check_shape("bucket_orders", "key_code", key_code.shape, query_code.shape, "b, t")
     if segment_ids is not None:

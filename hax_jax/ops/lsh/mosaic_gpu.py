@@ -7,8 +7,8 @@ from hax_jax.ops.lsh import xla
 
 
 def bucket_orders(query_code, key_code, segment_ids):
-    pairs_mosaic_gpu.check("bucket_orders", query_code.shape)
-    if query_code.shape[1] > pairs_mosaic_gpu.MAX_LENGTH:
+    pairs_mosaic_gpu.check("bucket_orders")
+    if pairs_mosaic_gpu.why_not(query_code.shape):
         return xla.bucket_orders(query_code, key_code, segment_ids)
     own, others = (query_code, key_code), (key_code,)
     return pairs_mosaic_gpu.compare_with_segment(

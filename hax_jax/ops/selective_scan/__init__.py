@@ -66,6 +66,6 @@ def selective_scan(
         dispatch.check_shape("selective_scan", "initial_state", initial_state.shape, (b, e, n), "b, e, n")
     if segment_ids is not None:
         dispatch.check_shape("selective_scan", "segment_ids", segment_ids.shape, (b, t), "b, t")
-    preferred = "mosaic_gpu" if mosaic_gpu.pays(x, dt, A, B, C) else "xla"
+    preferred = dispatch.best(mosaic_gpu.why_not(x, dt, A, B, C))
     function = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, preferred)
     return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus)

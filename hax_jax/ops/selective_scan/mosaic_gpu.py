@@ -86,16 +86,6 @@ def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Arra
     return None
 
 
-def pays(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> bool:
-    """Whether `implementation=None` means the kernels: wherever they run, they were faster by far.
-
-    On several devices XLA would gather the inputs of a kernel and run all of it on each of them, so there the
-    form that it can divide is preferred.
-    """
-    runs = why_not(x, dt, A, B, C) is None and dispatch.missing_for_mosaic_gpu() is None
-    return runs and jax.device_count() == 1
-
-
 def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus):
     """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
     del chunk_size

@@ -73,7 +73,7 @@ def sparse_attention(
     buckets, lifetimes, sliding windows and sinks; with other sources, and in short rows of 'xla', time grows
     as t^2.
     """
-    preferred = "mosaic_gpu" if mosaic_gpu.pays(q, k, v, key_set) else "xla"
+    preferred = dispatch.best(mosaic_gpu.why_not(q, k, v))
     function = dispatch.resolve("sparse_attention", implementation, IMPLEMENTATIONS, preferred)
     b, t, h, n = q.shape
     dispatch.check_shape("sparse_attention", "k", k.shape, (b, t, h, n), "b, t, h, n")

@@ -1,4 +1,4 @@
-"""Sparse attention as Mosaic GPU kernels, for Hopper and newer.
+"""Sparse attention as Mosaic GPU kernels, for NVIDIA GPUs of the Hopper generation.
 
 bfloat16 inputs multiply as they are. A float32 input is split into three bfloat16 parts, which hold its 24
 bits, and a product is the sum of the six products of parts that matter: float32's accuracy from the matrix
@@ -20,31 +20,27 @@ MIN_LENGTH_OF_CHUNKS = 2048
 
 
 def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
-    reason = _why_not(q, k, v)
-    if reason is not None:
-        raise ValueError(f"`implementation` 'mosaic_gpu' of sparse_attention {reason}; use 'xla', or None")
+    """The contract of the op, on a Hopper GPU."""
+    missing = None if building_blocks.interpret is not None else dispatch.missing_for_mosaic_gpu()
+    if reason := why_not(q, k, v) or missing:
+        raise ValueError(
+            f"`implementation` of sparse_attention cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
+        )
     arguments = (q, k, v, key_set, segment_ids, scale, uniform_empty_rows)
     if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(key_set):
         return chunks.sparse_attention(*arguments, tile=TILE)
     return dense.sparse_attention(*arguments)
 
 
-def pays(q, k, v, key_set) -> bool:
-    """Whether the kernels can run the call and are the fastest form of it, as far as that is measured."""
-    return _why_not(q, k, v) is None and q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(key_set)
+def why_not(q, k, v) -> str | None:
+    """Why the kernels cannot run this call, or None if they can."""
+    dtypes = {x.dtype for x in (q, k, v)}
+    if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
+        return f"`q`, `k` and `v` must be all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape[-1] > building_blocks.FEATURES[-1]:
+        return f"`q` and `k` must have at most {building_blocks.FEATURES[-1]} features, got {q.shape[-1]}"
+    return None
 
 
 def _fits_chunks(key_set) -> bool:
     return chunks.can_plan(key_set) and all(source.size <= MAX_KEYS - CHUNK for source in key_set.sources)
-
-
-def _why_not(q, k, v) -> str | None:
-    """What stands against running a call, as the end of a sentence."""
-    dtypes = {x.dtype for x in (q, k, v)}
-    if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
-        return f"needs q, k and v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] > building_blocks.FEATURES[-1]:
-        return f"needs q and k of at most {building_blocks.FEATURES[-1]} features, got {q.shape[-1]}"
-    if building_blocks.interpret is None and not dispatch.has_mosaic_gpu():
-        return "needs a Hopper GPU or a newer one"
-    return None
