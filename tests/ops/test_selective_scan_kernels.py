@@ -147,6 +147,24 @@ def test_kernels_equal_the_reference(batch, length, channels, everything, dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("states", [8, 32])
+def test_kernels_take_other_state_sizes(states):
+    inputs = make_inputs(2, 77, 64, states)
+    segment_ids = make_segments(rng(23), 2, 77)
+    want = run(reference.selective_scan, inputs, segment_ids, 64, False)
+    poison_memory()
+    assert_close(run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, False), want)
+
+
+@pytest.mark.gpu
+def test_extreme_decays_stay_finite_in_the_kernels():
+    inputs = make_inputs(2, 300, 64, 16)
+    inputs["dt"] = inputs["dt"].at[:, ::5].set(1e6)
+    results = run(mosaic_gpu.selective_scan, inputs, None, 64, False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
+@pytest.mark.gpu
 def test_kernels_give_the_same_bits_twice():
     inputs = make_inputs(8, 1057, 128, 16, jnp.bfloat16)
     segment_ids = make_segments(rng(23), 8, 1057)

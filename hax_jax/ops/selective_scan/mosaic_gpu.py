@@ -93,7 +93,9 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, so
         raise ValueError(
             f"`implementation` of selective_scan cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
         )
-    return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus, Tiles())
+    # A tile's states have to fit into the registers.
+    tiles = Tiles() if A.shape[1] <= 16 else Tiles(steps=8)
+    return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus, tiles)
 
 
 def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool, tiles: Tiles):
