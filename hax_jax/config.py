@@ -251,7 +251,7 @@ class DataConfig(Checked):
                 "data.packing",
                 f"0, or at least {self.padded_length - 1}, the positions of the longest item",
                 self.packing,
-                "an item lies whole in one row",
+                "raise it, or use 0: an item lies whole in one row",
             )
         if "dataset" in (self.train_source, self.eval_source) and not self.data_dir:
             raise ConfigError(

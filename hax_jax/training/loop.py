@@ -59,8 +59,9 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, model: nnx.Module | 
       experiment: the run.
       workdir: its folder, new or of this same run.
       model: any module from tokens (b, t) int32 to logits (b, t, vocab) to train instead of the one that
-        `experiment.model` describes, called as `model(tokens, padding_mask=, key=, train=)`; see
-        `TokenFunction` for plain functions. It stays as it is; `load` returns the trained one.
+        `experiment.model` describes, called as `model(tokens, padding_mask=, key=, train=)`, with
+        `packing` and `scored` too if it takes them; see `TokenFunction` for plain functions. It stays as it
+        is; `load` returns the trained one.
 
     Returns:
       How it ended. A signal (SIGTERM, SIGINT) ends it after the dispatch it is in, saved, as 'interrupted'.
