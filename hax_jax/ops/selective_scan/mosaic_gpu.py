@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hax_jax.ops import dispatch, segments
 from hax_jax.ops.numerics import pad_time
 from hax_jax.ops.selective_scan import mosaic_gpu_kernels as kernels
-from hax_jax.ops.selective_scan.mosaic_gpu_kernels import Plan
+from hax_jax.ops.selective_scan.mosaic_gpu_program import RESET, RESET_ROW, SLOTS, WARPGROUP, Plan
 
 # A warpgroup's lanes, four to a channel.
 MIN_CHANNELS = 32
@@ -60,7 +60,7 @@ class Tiles:
             lanes, groups, programs = self.backward_lanes, self.backward_groups, self.backward_programs
         tiles = pl.cdiv(length, self.steps)
         while True:
-            width = kernels.WARPGROUP // lanes * groups
+            width = WARPGROUP // lanes * groups
             chunks = min(max(1, round(programs * width / (batch * channels))), tiles)
             # Wide programs do more with what they load; but every chunk joins those before it.
             if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
@@ -105,8 +105,8 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool,
     reset = None
     if segment_ids is not None:
         reset = pad_time(segments.starts(segment_ids), tiles.steps).reshape(x.shape[0], -1, tiles.steps)
-        reset = jnp.where(reset, kernels.RESET, 0.0).astype(jnp.float32)
-        reset = pad_time(reset, kernels.RESET_ROW, axis=2)
+        reset = jnp.where(reset, RESET, 0.0).astype(jnp.float32)
+        reset = pad_time(reset, RESET_ROW, axis=2)
     if tiles.pad:
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
     y, last = _scan(x, dt, A, B, C, D, initial_state, reset, length, softplus, tiles)
@@ -146,8 +146,8 @@ def _scan_backward(length, softplus, tiles, saved, gradients):
             **({} if D is None else {"dD": _float32(plan.batch, plan.chunks, plan.channels)}),
         },
         {
-            "dx_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), x.dtype),
-            "ddt_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), dt.dtype),
+            "dx_tile": plgpu.SMEM((SLOTS, plan.steps, plan.width), x.dtype),
+            "ddt_tile": plgpu.SMEM((SLOTS, plan.steps, plan.width), dt.dtype),
             "parts": plgpu.SMEM((plan.group, plan.parts_row), jnp.float32),
             **({"slopes": plgpu.SMEM((plan.steps, plan.width), jnp.float32)} if softplus else {}),
         },
@@ -183,7 +183,7 @@ def _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save):
         inputs | {"C": C},
         {"A": A, "D": D, "start": start, **chunks},
         outputs,
-        {"y_tile": plgpu.SMEM((kernels.SLOTS, plan.steps, plan.width), jnp.float32)},
+        {"y_tile": plgpu.SMEM((SLOTS, plan.steps, plan.width), jnp.float32)},
     )
     return results["y"], results["last"], results.get("entry_out")
 
@@ -216,12 +216,12 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
     inputs = timed | {name: array for name, array in whole.items() if array is not None}
     shapes = {
         "entry": (plan.width, plan.states),
-        "reset": (kernels.RESET_ROW,),
+        "reset": (RESET_ROW,),
         "B": (plan.steps, plan.states),
         "C": (plan.steps, plan.states),
     }
     scratch = scratch | {
-        f"{name}_tile": plgpu.SMEM((kernels.SLOTS, *shapes.get(name, (plan.steps, plan.width))), array.dtype)
+        f"{name}_tile": plgpu.SMEM((SLOTS, *shapes.get(name, (plan.steps, plan.width))), array.dtype)
         for name, array in timed.items()
     }
     for name in ("B", "C"):
@@ -229,7 +229,7 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
             scratch[f"wide_{name}"] = plgpu.SMEM((plan.steps, plan.states), jnp.float32)
     if plan.softplus:
         scratch["time_steps"] = plgpu.SMEM((plan.steps, plan.width), jnp.float32)
-    scratch["full"] = plgpu.Barrier(num_barriers=kernels.SLOTS, num_arrivals=len(timed))
+    scratch["full"] = plgpu.Barrier(num_barriers=SLOTS, num_arrivals=len(timed))
     names = (*inputs, *outputs, *scratch)
 
     def kernel(*refs):
