@@ -23,6 +23,17 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, choose_tiles(x, B))
 
 
+def pays(x, A, B, C) -> bool:
+    """Whether None means the kernels: the device and the call can run them, and there is one device.
+
+    A kernel's call is not divided among devices by itself: each would do all of the work, so that there the
+    form that it can divide is preferred.
+    """
+    return (
+        why_not(x, A, B, C) is None and dispatch.missing_for_mosaic_gpu() is None and jax.device_count() == 1
+    )
+
+
 def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
     """`ssd` on whatever device there is: a Hopper GPU, or the interpreter."""
     batch, length, heads, p = x.shape
@@ -31,16 +42,11 @@ def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, p, n), jnp.float32)
 
-    def columns(array):
-        # Padded positions have dt = 0: they leave the state as it is.
-        return pad_time(array.reshape(batch, length, -1), CHUNK)
-
     ids = segments.as_array(segment_ids, (batch, length))
-    y, final = _ssd(
-        columns(x), columns(dt.astype(jnp.float32)), A.astype(jnp.float32), columns(B), columns(C),
-        D.astype(jnp.float32), initial_state.astype(jnp.float32), _runs(ids), tiles,
-    )  # fmt: skip
-    return y[:, :length].reshape(x.shape), final
+    x_rows, B_rows, C_rows = (array.reshape(batch, length, -1) for array in (x, B, C))
+    dt, A, D, initial_state = (array.astype(jnp.float32) for array in (dt, A, D, initial_state))
+    y, final = _ssd(x_rows, dt, A, B_rows, C_rows, D, initial_state, _runs(ids), tiles)
+    return y.reshape(x.shape), final
 
 
 def _runs(ids):
@@ -50,12 +56,13 @@ def _runs(ids):
 
 
 def _planes(array, tiles: Tiles):
-    return jnp.stack(split(array, tiles.planes))
+    return jnp.stack(split(pad_time(array, CHUNK), tiles.planes))
 
 
 def _by_chunk(array):
-    """(b, t, h) as (b, c, h, 64)."""
+    """(b, t, h) as (b, c, h, 64), with zeros at the end: where dt is 0 the state stays as it is."""
     batch, _, heads = array.shape
+    array = pad_time(array, CHUNK)
     return jnp.swapaxes(array.reshape(batch, -1, CHUNK, heads), 2, 3)
 
 
@@ -84,6 +91,7 @@ def _forward(x, dt, A, B, C, D, initial_state, run, tiles):
     left = states.chunk_states(x, leave * by_chunk, B, tiles)
     before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
     y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles)
+    y = y[:, : dt.shape[1]]
     return (y, final), (x, A, B, C, D, vectors, run, before, y)
 
 
@@ -104,15 +112,17 @@ def _backward(tiles, residuals, cotangents):
     # Every term of y_i but D x_i grows with exp(cum_i), every term with dt_j falls with exp(cum_j), and the
     # state a chunk leaves grows with the exponential of its last cum: what it kept of the state before, and
     # what it added. The last is summed from `left`, so that it cancels what `direct` holds of it.
+    time = slice(dy.shape[1])
     by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
     through_y = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - D[:, None] * skip
     grown = through_y - by_chunk * direct
     grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))
     dlog = jnp.flip(jnp.cumsum(jnp.flip(grown, -1), axis=-1), -1)
     dA = (dlog * by_chunk).sum((0, 1, 3))
-    ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3).reshape(*dy.shape[:2], -1)
-    dB, dC = (_sum_of_blocks(array, tiles).astype(dtype) for array in (dB, dC))
-    return dx, ddt, dA, dB, dC, skip.sum((0, 1, 3)), dinitial, jnp.zeros_like(run)
+    ddt = jnp.swapaxes(direct + dlog * A[:, None], 2, 3)
+    ddt = ddt.reshape(dy.shape[0], -1, A.shape[0])[:, time]
+    dB, dC = (_sum_of_blocks(array, tiles)[:, time].astype(dtype) for array in (dB, dC))
+    return dx[:, time], ddt, dA, dB, dC, skip.sum((0, 1, 3)), dinitial, jnp.zeros_like(run)
 
 
 def _overlap(before, after, shape):

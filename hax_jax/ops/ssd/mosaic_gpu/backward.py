@@ -34,9 +34,9 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
     x and dy (planes, b, t, h p), B and C (planes, b, t, g n), before and after (planes, b, c, h p, n) as
     bfloat16 planes; D (h,), cum, dt, enter and leave (b, c, h, 64), run (b, c, 64) float32.
 
-    Returns dx (b, t, h p), dB and dC for every block of heads (k, b, t, n), the part of dt's gradient that
-    does not come through the decay (b, c, h, 64), what of it comes from the state that the chunk leaves, and
-    x dy summed over a head; all but dx are float32.
+    Returns dx (b, length, h p), dB and dC for every block of heads (k, b, t, n), and three sums over the
+    features of a head (b, c, h, 64): the part of dt's gradient that does not come through the decay, what of
+    it comes from the state that the chunk leaves, and x dy. All but dx are float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
@@ -112,7 +112,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
     return plgpu.kernel(
         ssd_gradients,
         out_type=[
-            jax.ShapeDtypeStruct((batch, time_padded, heads * p), dx_type),
+            jax.ShapeDtypeStruct((batch, tiles.length, heads * p), dx_type),
             of_group,
             of_group,
             *[of_head] * 3,

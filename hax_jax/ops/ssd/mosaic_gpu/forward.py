@@ -28,11 +28,18 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
 
     x (planes, b, t, h p), B and C (planes, b, t, g n), before (planes, b, c, h p, n) as bfloat16 planes;
     D (h,), cum, dt and enter (b, c, h, 64), run (b, c, 64) float32.
-    Returns y (b, t, h p) float32.
+    Returns y (b, length, h p) float32.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, block * p
+    # Swizzled tiles hold 8 positions: only rows of a multiple of 8 can be written from them. Plain tiles have
+    # fewer bank conflicts when they are narrow.
+    by_head = bool(tiles.length % 8)
+    if by_head:
+        y_tile = plgpu.SMEM((block, CHUNK, p), jnp.float32)
+    else:
+        y_tile = swizzled((CHUNK, width), jnp.float32, min(128, 2 * tiles.swizzle))
 
     def ssd_outputs(
         x_ref, B_ref, C_ref, before_ref, D_ref, cum_ref, dt_ref, enter_ref, run_ref, y_ref, *scratch
@@ -60,22 +67,30 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             here = pl.ds(head * p, p)
             vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, dt_ref, enter_ref)]
             y = _head(S, here, (x_sm, C_sm, before_sm, *vectors), tiles)
-            y_sm[:, here] = y + D_ref[k * block + head] * load_planes(x_sm, here)
+            y = y + D_ref[k * block + head] * load_planes(x_sm, here)
+            if by_head:
+                y_sm[head] = y
+            else:
+                y_sm[:, here] = y
 
         lax.fori_loop(0, block, one_head, None, unroll=tiles.unroll)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_sm, y_ref.at[b, time, columns])
+        for head in range(block if by_head else 0):
+            here = pl.ds(k * width + head * p, p)
+            plgpu.copy_smem_to_gmem(y_sm.at[head], y_ref.at[b, time, here])
+        if not by_head:
+            plgpu.copy_smem_to_gmem(y_sm, y_ref.at[b, time, columns])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         ssd_outputs,
-        out_type=jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads * p), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((batch, tiles.length, heads * p), jnp.float32),
         scratch_types=[
             tile(tiles, CHUNK, width),
             tile(tiles, CHUNK, n),
             tile(tiles, CHUNK, n),
             tile(tiles, width, n),
-            swizzled((CHUNK, width), jnp.float32, min(128, 2 * tiles.swizzle)),
+            y_tile,
             plgpu.Barrier(num_arrivals=4 * planes),
         ],
         grid=(batch, chunks, heads // block),

@@ -26,6 +26,8 @@ class Tiles:
       heads: heads of one program; all share one group.
       heads_per_group: heads that share B and C.
       planes: bfloat16 terms that stand for a matmul input: 1 for bfloat16, 3 for float32.
+      length: positions of a row that are written; the rest of the last chunk is not. The interpreter knows no
+        such limit and needs whole chunks.
       unroll: heads whose instructions are written one after the other.
     """
 
@@ -34,6 +36,7 @@ class Tiles:
     heads: int
     heads_per_group: int
     planes: int
+    length: int
     unroll: int = 1
 
     @property
@@ -88,7 +91,9 @@ def choose_tiles(x, B) -> Tiles:
     """Sizes for a call that the kernels can run."""
     # The fewest bytes are moved when all heads that share B and C are in one program, if they fit.
     heads_per_group = x.shape[2] // B.shape[2]
-    return Tiles(x.shape[3], B.shape[3], max(_blocks(x, B)), heads_per_group, _PLANES[x.dtype.name])
+    return Tiles(
+        x.shape[3], B.shape[3], max(_blocks(x, B)), heads_per_group, _PLANES[x.dtype.name], x.shape[1]
+    )
 
 
 def _blocks(x, B) -> list[int]:
