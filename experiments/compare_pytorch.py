@@ -20,12 +20,14 @@ Exit status: 0 done; 2 bad input, said in one line; 3 waiting for DIR/torch.npz.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +84,12 @@ def _parser() -> results.Parser:
     parser.add_argument("--steps", type=int, default=20, help="steps to compare; default 20")
     parser.add_argument("--timing", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
     parser.add_argument("--timed_steps", type=int, default=10, help="steps of each of the rounds; default 10")
+    parser.add_argument(
+        "--hold",
+        type=pathlib.Path,
+        help="make FILE.ready when all is compiled and wait for FILE before timing, where several take turns",
+        metavar="FILE",
+    )
     parser.add_argument("--torch_python", help="interpreter of an environment with PyTorch")
     parser.add_argument("--exchange", type=pathlib.Path, help="folder of the files that are exchanged")
     parser.add_argument("--commit", help="the commit of the code, for a checkout without git")
@@ -138,7 +146,10 @@ def _in_this_process(start: exchange.Exchange) -> exchange.Arrays:
         ) from None
     from experiments.pytorch_baseline.training import train
 
-    return train(start.arrays, "cuda" if torch.cuda.is_available() else "cpu")
+    found = train(start.arrays, "cuda" if torch.cuda.is_available() else "cpu")
+    # What PyTorch's allocator keeps for itself would be missing to JAX.
+    torch.cuda.empty_cache()
+    return found
 
 
 def _compare(start, theirs, experiment, options, where) -> dict[str, Any]:
@@ -165,15 +176,24 @@ def _compare(start, theirs, experiment, options, where) -> dict[str, Any]:
         if options.timing == "on" or (options.timing == "auto" and _on_gpu()):
             print(report.summary(result), flush=True)
             result["timing"] = []
-            for row in timing.measure(experiment, start, options.timed_steps):
+            wait = functools.partial(_hold, options.hold)
+            for row in timing.measure(experiment, start, options.timed_steps, wait):
                 print(row, flush=True)
                 result["timing"].append(row)
     return result
 
 
+def _hold(file: pathlib.Path | None) -> None:
+    """Says that all is ready and returns when it is this comparison's turn."""
+    if file is not None:
+        file.with_name(f"{file.name}.ready").touch()
+        while not file.exists():
+            time.sleep(0.1)
+
+
 def _told(argv: Sequence[str]) -> str:
     """The command without what names places on this machine."""
-    places = ("--out", "--commit", "--exchange", "--torch_python")
+    places = ("--out", "--commit", "--exchange", "--hold", "--torch_python")
     words, skip = [], False
     for word in argv[1:]:
         name, given, value = word.partition("=")

@@ -53,13 +53,16 @@ def modes(experiment: Experiment) -> tuple[Mode, ...]:
     )
 
 
-def measure(experiment: Experiment, exchange: Exchange, num_steps: int) -> Iterator[dict[str, Any]]:
+def measure(
+    experiment: Experiment, exchange: Exchange, num_steps: int, wait: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
     """Times every mode; a mode that fails gives its error instead of numbers, and the others go on.
 
     Args:
       experiment: the settings of the run.
       exchange: whose model, optimiser and first batch PyTorch uses.
       num_steps: least number of steps of a round.
+      wait: called when everything of ours is compiled and nothing has been timed.
 
     Yields:
       One dict a mode: `framework`, `label`, `routing`, `precision`, `packing`, `implementation`, then
@@ -71,6 +74,7 @@ def measure(experiment: Experiment, exchange: Exchange, num_steps: int) -> Itera
     with concurrent.futures.ThreadPoolExecutor() as pool:
         ready = {mode: pool.submit(_compile, mode) for mode in chosen if mode.framework == "jax"}
         concurrent.futures.wait(ready.values())
+    wait()
     for mode in chosen:
         model = mode.experiment.model
         row: dict[str, Any] = {
@@ -136,11 +140,11 @@ def _compile(mode: Mode) -> tuple[StepProgram, float]:
     begin = time.perf_counter()
     program = StepProgram(mode.experiment)
     program.compile()
+    program.start()
     return program, time.perf_counter() - begin
 
 
 def _jax_run(mode: Mode, program: StepProgram, seconds: float) -> _Run:
-    program.start()
     last: list[Any] = [None]
 
     def start() -> None:

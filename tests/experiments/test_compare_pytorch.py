@@ -1,7 +1,9 @@
 """The comparison with PyTorch where there is no PyTorch: exchange, decisions, report, figure, table."""
 
+import concurrent.futures
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -124,6 +126,18 @@ def test_a_comparison_across_two_environments(tmp_path, monkeypatch, capsys):
 def test_the_command_that_is_told_names_no_places():
     argv = ["x", "--golden=/some/where/E.npz", "--steps=2", "--out", "/some/where", "--torch_python=/a/b"]
     assert compare_pytorch._told(argv) == "python experiments/compare_pytorch.py --golden=E.npz --steps=2"
+
+
+def test_a_comparison_waits_for_its_turn(tmp_path):
+    turn = tmp_path / "turn"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(compare_pytorch._hold, turn)
+        while not (tmp_path / "turn.ready").exists():
+            time.sleep(0.01)
+        assert not waiting.done()
+        turn.touch()
+        waiting.result(timeout=20)
+    compare_pytorch._hold(None)
 
 
 def test_margins_are_distances_to_the_boundary():
