@@ -56,17 +56,6 @@ def why_not(x, weight) -> str | None:
     return None
 
 
-def pays(x, weight) -> bool:
-    """Whether None means the kernel: the device and the call can run it, and there is one device.
-
-    A kernel's call is not divided among devices by itself: each would do all of the work, so that there the
-    form that it can divide is preferred.
-    """
-    return (
-        why_not(x, weight) is None and dispatch.missing_for_mosaic_gpu() is None and jax.device_count() == 1
-    )
-
-
 def conv_in_tiles(x, weight, bias, segment_ids, tiles: Tiles):
     """`causal_conv1d` on whatever device there is: a Hopper GPU, or the interpreter."""
     keep = None

@@ -41,19 +41,6 @@ def why_not(x, gate, weight) -> str | None:
     return None
 
 
-def pays(x, gate, weight) -> bool:
-    """Whether None means the kernel: the device and the call can run it, and there is one device.
-
-    A kernel's call is not divided among devices by itself: each would do all of the work, so that there the
-    form that it can divide is preferred.
-    """
-    return (
-        why_not(x, gate, weight) is None
-        and dispatch.missing_for_mosaic_gpu() is None
-        and jax.device_count() == 1
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm_in_tiles(x, gate, weight, eps):
     """`gated_rms_norm` on whatever device there is: a Hopper GPU, or the interpreter."""

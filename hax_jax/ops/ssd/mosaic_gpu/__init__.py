@@ -23,17 +23,6 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, choose_tiles(x, B))
 
 
-def pays(x, A, B, C) -> bool:
-    """Whether None means the kernels: the device and the call can run them, and there is one device.
-
-    A kernel's call is not divided among devices by itself: each would do all of the work, so that there the
-    form that it can divide is preferred.
-    """
-    return (
-        why_not(x, A, B, C) is None and dispatch.missing_for_mosaic_gpu() is None and jax.device_count() == 1
-    )
-
-
 def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles):
     """`ssd` on whatever device there is: a Hopper GPU, or the interpreter."""
     batch, length, heads, p = x.shape
