@@ -9,16 +9,19 @@ import importlib.metadata
 import torch
 import torch.nn.functional as F
 
+# Why a package cannot be used, where it cannot.
+MISSING: dict[str, str] = {}
 try:
     from causal_conv1d import causal_conv1d_fn
-except ImportError:
-    causal_conv1d_fn = None
+except ImportError as error:
+    causal_conv1d_fn, MISSING["causal_conv1d"] = None, str(error)
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-except ImportError:
+except ImportError as error:
     selective_scan_fn = rmsnorm_fn = mamba_chunk_scan_combined = None
+    MISSING["mamba_ssm"] = str(error)
 
 PLAIN = "plain PyTorch"
 
@@ -37,16 +40,16 @@ class Kernels:
 
     def __init__(self, installed: bool, device: torch.device, dtype: torch.dtype):
         use = installed and device.type == "cuda"
-        functions = {
-            "causal_conv1d": (causal_conv1d_fn, "causal_conv1d"),
-            "selective_scan": (selective_scan_fn, "mamba_ssm"),
-            "ssd": (mamba_chunk_scan_combined, "mamba_ssm"),
-            "gated_rms_norm": (rmsnorm_fn, "mamba_ssm"),
+        packages = {
+            "causal_conv1d": "causal_conv1d",
+            "selective_scan": "mamba_ssm",
+            "ssd": "mamba_ssm",
+            "gated_rms_norm": "mamba_ssm",
         }
         self.used: dict[str, str] = {}
-        for name, (function, package) in functions.items():
-            if use and function is not None:
-                refused = _refusal(name, device, dtype)
+        for name, package in packages.items():
+            if use:
+                refused = MISSING.get(package) or _refusal(name, device, dtype)
                 self.used[name] = f"{PLAIN} ({package}: {refused})" if refused else _named(package)
             else:
                 self.used[name] = PLAIN
