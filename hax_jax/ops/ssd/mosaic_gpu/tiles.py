@@ -11,6 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # Positions per chunk: the rows of one warpgroup's matrix product.
 CHUNK = 64
 LOG2E = math.log2(math.e)
+# Features of a program's heads: the rows of two tiles of states.
+_WIDEST = 128
+# What a program can have on Hopper, less a little for barriers and alignment.
+_SHARED_BYTES = 227 * 1024 - 2048
 _PLANES = {"bfloat16": 1, "float32": 3}
 # One value per row, one per column, of an accumulator.
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -81,8 +85,8 @@ def why_not(x, A, B, C) -> str | None:
         )
     if not _blocks(x, B):
         return (
-            f"the heads of a group must divide into blocks of 64 to {_widest(x)} features, got "
-            f"{x.shape[2] // B.shape[2]} heads of {head_dim}"
+            f"a group's heads must divide into blocks of 64 or {_WIDEST} features that fit into shared memory with "
+            f"their states, got {x.shape[2] // B.shape[2]} heads of {head_dim}, state {state_size}, {x.dtype}"
         )
     return None
 
@@ -100,12 +104,17 @@ def _blocks(x, B) -> list[int]:
     """Numbers of heads that a program can hold."""
     heads_per_group, head_dim = x.shape[2] // B.shape[2], x.shape[3]
     counts = (count for count in range(1, heads_per_group + 1) if heads_per_group % count == 0)
-    return [count for count in counts if count * head_dim % 64 == 0 and count * head_dim <= _widest(x)]
+    return [count for count in counts if count * head_dim % 64 == 0 and _fits(x, B, count * head_dim)]
 
 
-def _widest(x) -> int:
-    """Features of a program's heads: what shared memory has room for."""
-    return 128 if _PLANES[x.dtype.name] == 1 else 64
+def _fits(x, B, width: int) -> bool:
+    """Whether a program of the backward pass, which holds the most, can have heads of `width` features."""
+    planes, n = _PLANES[x.dtype.name], B.shape[3]
+    # B, C, x, dy, the scores' gradient, and the states on both sides; then dx as it is written.
+    of_planes = CHUNK * (2 * n + 2 * width + CHUNK) + 2 * width * n
+    held = 2 * planes * of_planes + CHUNK * width * x.dtype.itemsize
+    # In float32 the widest would fit, but registers would not.
+    return width <= _WIDEST // (1 if planes == 1 else 2) and held <= _SHARED_BYTES
 
 
 def tile(tiles: Tiles, rows: int, columns: int):
