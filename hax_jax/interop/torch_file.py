@@ -167,16 +167,16 @@ def _size(values: Any = ()) -> tuple[Any, ...]:
 def _state_dict(loaded: Any, path: pathlib.Path, entry: str) -> dict[str, np.ndarray]:
     """The dict of tensors in what was loaded."""
     if _is_state_dict(loaded) and not entry:
-        return dict(loaded)
+        return dict(_items(loaded))
     found = {
-        name: value
-        for name, value in (loaded.items() if isinstance(loaded, dict) else ())
+        name: dict(_items(value))
+        for name, value in _items(loaded)
         if isinstance(name, str) and _is_state_dict(value)
     }
     if entry in found:
-        return dict(found[entry])
+        return found[entry]
     if len(found) == 1 and not entry:
-        return dict(next(iter(found.values())))
+        return next(iter(found.values()))
     fault = f"it has no dict of tensors {entry!r}" if entry else "it has no dict of tensors"
     names = ", ".join(repr(name) for name in found)
     if found:
@@ -186,11 +186,13 @@ def _state_dict(loaded: Any, path: pathlib.Path, entry: str) -> dict[str, np.nda
 
 
 def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(x, np.ndarray) for name, x in value.items())
-    )
+    items = _items(value)
+    return bool(items) and all(isinstance(name, str) and isinstance(x, np.ndarray) for name, x in items)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    # A pickle can hang attributes on an ordered dict, one called `items` too.
+    return list(dict.items(value)) if isinstance(value, dict) else []
 
 
 def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -122,6 +122,7 @@ def test_whole_modules_and_old_files_are_refused():
         b"\x80\x02(dX\x01\x00\x00\x00wctorch\nFloatStorage\ns.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00)))tR.",
         b"\x80\x02(X\x07\x00\x00\x00storageK\x01K\x02K\x03K\x04tQ.",
+        b"\x80\x02ccollections\nOrderedDict\n)R}(X\x05\x00\x00\x00itemsK\x01X\x04\x00\x00\x00keysK\x01ub.",
         pickle.dumps([1, 2]),
         pickle.dumps({}),
         pickle.dumps({"w": "text"}),
