@@ -84,9 +84,10 @@ def why_not(x, A, B, C) -> str | None:
             f"{head_dim} and {state_size}"
         )
     if not _blocks(x, B):
+        heads = x.shape[2] // B.shape[2]
         return (
-            f"a group's heads must divide into blocks of 64 or {_WIDEST} features that fit into shared memory with "
-            f"their states, got {x.shape[2] // B.shape[2]} heads of {head_dim}, state {state_size}, {x.dtype}"
+            f"a group's heads must divide into blocks of 64 or {_WIDEST} features that fit into shared memory"
+            f" with their states, got {heads} heads of {head_dim}, state {state_size}, {x.dtype}"
         )
     return None
 
