@@ -12,7 +12,7 @@ from hax_jax.layers import initializers
 from hax_jax.layers.hax import BranchOutput, HaxBranch, RoutingDraws
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
-from hax_jax.layers.sequence import Sequence
+from hax_jax.layers.sequence import Keep, Sequence
 from hax_jax.ops import causal_conv1d, selective_scan
 from hax_jax.ops.numerics import wide
 
@@ -89,8 +89,12 @@ class Mamba(nnx.Module):
         *,
         draws: RoutingDraws | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "b t d"], BranchOutput | None]:
-        """Mixes u (b, t, d) along time; returns the mixed rows and what the branch did, if there is one."""
+        keep: Keep | None = None,
+    ) -> tuple[Float[Array, "m s d"], BranchOutput | None]:
+        """Mixes u (b, t, d) along time; returns the mixed rows and what the branch did, if there is one.
+
+        `keep` picks the positions that are wanted, as early as the mixer can do without the others.
+        """
         state = self.config.state_size
         x, gate = jnp.split(self.in_proj(u), 2, axis=-1)
         x = sequence.hide_pads(self.conv(sequence.hide_pads(x), sequence))
@@ -116,4 +120,6 @@ class Mamba(nnx.Module):
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)
             y = y + branch.output
+        if keep is not None:
+            y, gate = keep(y), keep(gate)
         return self.out_proj((y * jax.nn.silu(gate)).astype(self.precision.activation)), branch

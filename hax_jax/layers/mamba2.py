@@ -12,7 +12,7 @@ from hax_jax.layers.linear import Linear
 from hax_jax.layers.mamba import CausalConv
 from hax_jax.layers.norms import GatedRMSNorm
 from hax_jax.layers.precision import Precision
-from hax_jax.layers.sequence import Sequence
+from hax_jax.layers.sequence import Keep, Sequence
 from hax_jax.ops import ssd
 from hax_jax.ops.numerics import wide
 
@@ -60,8 +60,12 @@ class Mamba2(nnx.Module):
         *,
         draws: RoutingDraws | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "b t d"], BranchOutput | None]:
-        """Mixes u (b, t, d) along time; returns the mixed rows and what the branch did, if there is one."""
+        keep: Keep | None = None,
+    ) -> tuple[Float[Array, "m s d"], BranchOutput | None]:
+        """Mixes u (b, t, d) along time; returns the mixed rows and what the branch did, if there is one.
+
+        `keep` picks the positions that are wanted, as early as the mixer can do without the others.
+        """
         config = self.config
         inner, heads = config.inner_size, config.num_heads
         gate, conv_in, dt = jnp.split(self.in_proj(sequence.hide_pads(u)), [inner, -heads], axis=-1)
@@ -88,4 +92,6 @@ class Mamba2(nnx.Module):
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)
             y = y + branch.output
+        if keep is not None:
+            y, gate = keep(y), keep(gate)
         return self.out_proj(self.norm(y, gate)), branch

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from hax_jax.config import ModelConfig
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
-from hax_jax.layers.sequence import Sequence
+from hax_jax.layers.sequence import Keep, Sequence
 from hax_jax.ops import KeySet, SlidingWindow, segments, sparse_attention
 from hax_jax.ops.numerics import wide
 
@@ -54,7 +54,10 @@ class WindowAttention(nnx.Module):
         self.o_proj = Linear(size, size, **settings)
 
     @jax.named_scope("mixer")
-    def __call__(self, x: Float[Array, "b t d"], sequence: Sequence) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], sequence: Sequence, *, keep: Keep | None = None
+    ) -> Float[Array, "m s d"]:
+        """Attends within x; `keep` picks the positions that are wanted, of which none may be a pad."""
         batch, length, size = x.shape
         heads = self.config.attention_heads
         ids = sequence.segment_ids
@@ -79,7 +82,10 @@ class WindowAttention(nnx.Module):
             segment_ids=ids,
             implementation=self.config.op_implementation,
         )
-        return sequence.hide_pads(self.o_proj(attended.reshape(batch, length, size)))
+        attended = attended.reshape(batch, length, size)
+        if keep is not None:
+            return self.o_proj(keep(attended))
+        return sequence.hide_pads(self.o_proj(attended))
 
 
 class SwiGLU(nnx.Module):

@@ -1,12 +1,16 @@
 """What a mixer knows of the rows it works on."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.packing import Packing
+
+# Picks positions: (b, t, ...) to (m, s, ...).
+Keep = Callable[[Array], Array]
 
 
 @jax.tree_util.register_dataclass

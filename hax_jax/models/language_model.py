@@ -1,6 +1,7 @@
 """Tokens to logits: embedding, blocks of [norm, mixer, residual], norm, and the embedding as output layer."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,13 +23,14 @@ from hax_jax.layers import (
     WindowAttention,
 )
 from hax_jax.layers.routing import RULES
+from hax_jax.layers.sequence import Keep
 from hax_jax.packing import Packing, ScoredPositions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOutput:
-    """One block: what its mixer added to the residual stream (b, t, d), and its sparse branch's work."""
+    """One block: what its mixer added to the residual stream where wanted, and its sparse branch's work."""
 
     mixer: jax.Array
     branch: BranchOutput | None
@@ -42,7 +44,7 @@ class ModelOutput:
     Attributes:
       logits: (b, t, vocab), at least float32; (m, s, vocab) where only scored positions were asked for.
       gate_loss: scalar, the layers' gate losses summed; 0 outside training.
-      hidden: (b, t, d), the output of the last norm.
+      hidden: (b, t, d), or (m, s, d) likewise, the output of the last norm.
       layers: one `LayerOutput` a block.
     """
 
@@ -67,13 +69,20 @@ class Block(nnx.Module):
 
     @jax.named_scope("block")
     def __call__(
-        self, x: Float[Array, "b t d"], sequence: Sequence, draws: RoutingDraws | None, train: bool
-    ) -> tuple[Float[Array, "b t d"], LayerOutput]:
+        self,
+        x: Float[Array, "b t d"],
+        sequence: Sequence,
+        draws: RoutingDraws | None,
+        train: bool,
+        keep: Keep | None = None,
+    ) -> tuple[Float[Array, "m s d"], LayerOutput]:
         branch = None
         if isinstance(self.mixer, WindowAttention):
-            mixed = self.mixer(self.norm(x), sequence)
+            mixed = self.mixer(self.norm(x), sequence, keep=keep)
         else:
-            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train)
+            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train, keep=keep)
+        if keep is not None:
+            x = keep(x)
         x = RULES[self.routing].residual(x, self.arch) + mixed
         if self.has_mlp:
             x = x + self.mlp(self.mlp_norm(x))
@@ -143,7 +152,7 @@ class LanguageModel(nnx.Module):
           segment_ids: (b, t) for several sequences a row, with causal routing.
           packing: for packed items, with any routing, in place of `padding_mask` and `segment_ids`. The gate
             loss samples keys of each item, as it does in padded rows.
-          scored: compute logits at these positions only.
+          scored: compute logits at these positions only, and with them all that follows the last mixer.
           key: feeds what is random in the call: the gate loss's sampling in training, and with parity routing
             the hash projections. Not needed otherwise.
           draws: those random arrays themselves, instead of `key`.
@@ -164,14 +173,16 @@ class LanguageModel(nnx.Module):
                 batch, length = packing.num_items, packing.padded_length
             draws = self.draw(key, batch, length, train)
         x = self.embeddings(tokens)
+        # After the last mixer has looked along time, nothing sees another position.
+        keep = None if scored is None else functools.partial(scored.take, packing=packing)
         layers = []
-        for layer, layer_draws in zip(self.layers, draws, strict=True):
-            x, output = layer(x, sequence, layer_draws, train)
+        for index, (layer, layer_draws) in enumerate(zip(self.layers, draws, strict=True)):
+            is_last = index == len(self.layers) - 1
+            x, output = layer(x, sequence, layer_draws, train, keep if is_last else None)
             layers.append(output)
         hidden = self.norm(x)
         gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
-        looked_at = hidden if scored is None else scored.take(hidden, packing)
-        return ModelOutput(self.embeddings.attend(looked_at), gate_loss, hidden, tuple(layers))
+        return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:

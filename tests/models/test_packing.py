@@ -105,7 +105,7 @@ def objective(structure, buffers):
             draws=draws,
             train=True,
         )
-        entropy = token_losses(output.logits, batch).sum() / batch.scored.used.sum()
+        entropy = token_losses(output.logits, batch).sum() / batch.score_mask.sum()
         parts = entropy, output.gate_loss, sequence_accuracy(output.logits, batch)
         return entropy + output.gate_loss, parts
 
@@ -122,6 +122,17 @@ def test_a_packed_batch_is_its_items_in_padded_rows(case):
         np.testing.assert_allclose(a, b, **CLOSE, err_msg=name)
     assert_same_gradients(grads, wanted_grads)
     assert sum(np.abs(x).max() > 0 for x in grads.values()) >= len(grads) - 1
+
+
+@pytest.mark.parametrize("case", ["mamba2 HAX, causal", "samba"])
+def test_work_left_out_where_nothing_is_scored_changes_nothing(case):
+    run, params, draws = model_of(case)
+    padded, _ = batches()
+    (_, wanted), wanted_grads = run(params, dataclasses.replace(padded, scored=None), draws)
+    (_, got), grads = run(params, padded, draws)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+    assert_same_gradients(grads, wanted_grads)
 
 
 def test_a_packed_batch_is_its_items_one_by_one():
