@@ -103,18 +103,12 @@ class ModelConfig(Checked):
     def check_combinations(self) -> None:
         if self.pad_token_id >= self.vocab_size:
             raise ConfigError(
-                "model.pad_token_id",
-                f"below model.vocab_size={self.vocab_size}",
-                self.pad_token_id,
+                "model.pad_token_id", f"below model.vocab_size={self.vocab_size}", self.pad_token_id,
                 "the pad is a token of the vocabulary",
             )
         if self.time_step_min > self.time_step_max:
-            raise ConfigError(
-                "model.time_step_min",
-                f"at most model.time_step_max={self.time_step_max}",
-                self.time_step_min,
-                "swap the two",
-            )
+            expected = f"at most model.time_step_max={self.time_step_max}"
+            raise ConfigError("model.time_step_min", expected, self.time_step_min, "swap the two")
         if self.arch == "mamba2":
             self._check_mamba2()
         if self.arch == "samba":
@@ -210,6 +204,8 @@ class DataConfig(Checked):
     n_eval_per_pair: int = integer(100, 1, 10**6)
     # Several items a row, in rows of at most so many positions; 0 gives every item a padded row of its own.
     packing: int = integer(0, 0, MAX_LENGTH)
+    # A stored training split of at most so many MiB is kept on the device; larger ones are read ahead.
+    keep_on_device_mib: int = integer(1024, 0, 2**20)
     # How training walks over the table sizes: as the published file does, or in an order that gives batches
     # nearly equal numbers of tokens. The items are the same.
     order: str = choice("file", ("file", "even"))

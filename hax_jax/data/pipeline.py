@@ -100,6 +100,13 @@ class Split(abc.ABC):
         batches = _Batches(self.num_items, batch_size, repeat, drop_remainder, self.walk)
         return iter(self._load(grain.MapDataset.source(batches)))
 
+    def keep(self) -> dict[str, np.ndarray]:
+        """Arrays to be kept on the device and added to every raw batch before `materialize`; or none.
+
+        To be called before `iterator`, which then leaves to the device what it can find there.
+        """
+        return {}
+
     @jax.named_scope("materialize")
     def materialize(self, raw: RawBatch) -> Batch:
         """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted step.
@@ -194,7 +201,7 @@ class _StreamItems(Split):
 
 
 class _StoredItems(Split):
-    """Items read from a data set, one sweep at a time, ahead of the device."""
+    """Items read from a data set: one sweep at a time, ahead of the device, or all to be kept there."""
 
     def __init__(self, config: DataConfig, split: str):
         self.config, self.split = config, split
@@ -203,11 +210,31 @@ class _StoredItems(Split):
         self._stored = StoredSplit(manifest, split)
         per_pair = self._stored.num_sweeps if split == "train" else config.n_eval_per_pair
         self.num_items = per_pair * config.num_pairs
+        self._is_kept = False
+
+    def keep(self) -> dict[str, np.ndarray]:
+        layout = self._stored.layout
+        size = self._stored.num_sweeps * layout.packed_length * layout.dtype.itemsize
+        self._is_kept = size <= self.config.keep_on_device_mib * 2**20
+        return {"sweeps": self._stored.all_sweeps()} if self._is_kept else {}
 
     def _tokens(self, raw: RawBatch) -> Any:
-        return jnp.asarray(raw["tokens"]).astype(jnp.int32)
+        if "sweeps" not in raw:
+            return jnp.asarray(raw["tokens"]).astype(jnp.int32)
+        # The unpadded items of a sweep lie end to end.
+        layout, index = self._stored.layout, jnp.asarray(raw["index"])
+        sweep, pair = index // layout.config.num_pairs, index % layout.config.num_pairs
+        begin, length = (
+            jnp.asarray(x, jnp.int32)[pair][:, None] for x in (layout.offsets[:-1], layout.lengths)
+        )
+        position = jnp.arange(self.config.padded_length, dtype=jnp.int32)[None]
+        tokens = jnp.asarray(raw["sweeps"]).at[sweep[:, None], begin + position].get(mode="clip")
+        return jnp.where(position < length, tokens.astype(jnp.int32), PAD)
 
     def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+        if self._is_kept:
+            return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
         def read(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {**raw, "tokens": self._stored.items(raw["index"])}
 

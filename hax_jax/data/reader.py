@@ -211,6 +211,13 @@ class StoredSplit:
             raise self._damage(f"record {number} holds the token id {largest}, which the task does not have")
         return tokens
 
+    def all_sweeps(self) -> np.ndarray:
+        """The whole split, packed: (num_sweeps, packed_length) of `token_dtype`."""
+        sweeps = np.empty((self.num_sweeps, self.layout.packed_length), self.layout.dtype)
+        for number in range(self.num_sweeps):
+            sweeps[number] = self.sweep(number)
+        return sweeps
+
     def items(self, indices: np.ndarray) -> np.ndarray:
         """Padded items, (b, padded_length) of `token_dtype`, by their numbers in the split, (b,) integers."""
         sweeps, pairs = np.divmod(indices, len(self.layout.sizes))

@@ -41,8 +41,8 @@ class Compilations:
     def __init__(self) -> None:
         if Compilations._totals is None:
             Compilations._totals = dict.fromkeys(_COUNTED.values(), 0)
-            jax.monitoring.register_event_listener(_count)
-            jax.monitoring.register_event_duration_secs_listener(_count)
+            jax.monitoring.register_event_listener(lambda event, **_: _count(event, 1))
+            jax.monitoring.register_event_duration_secs_listener(lambda event, x, **_: _count(event, x))
         self._before = dict(Compilations._totals)
 
     def so_far(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Compilations:
         return {**counts, "cache": jax.config.jax_compilation_cache_dir}
 
 
-def _count(event: str, amount: float = 1, **_: Any) -> None:
+def _count(event: str, amount: float) -> None:
     name = _COUNTED.get(event)
     if name is not None and Compilations._totals is not None:
         Compilations._totals[name] += amount

@@ -131,21 +131,20 @@ class Run:
         self.accumulation = training.grad_accumulation_steps
         rows, row_length = splits["train"].row_shape(training.batch_size)
         self.positions = max(len(experiment.members), 1) * self.accumulation * rows * row_length
+        self.kept = self._put(splits["train"].keep())
         self.batches = splits["train"].iterator(training.batch_size * self.accumulation, repeat=True)
 
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
         structure, members = self.beginning.structure, experiment.members
-        materialize = split_rows(self.mesh, splits["train"].materialize)
-        step = make_rated_step(structure, materialize, self.training)
-        if members:
-            # All members take the same batch, as they do alone: it depends on the data's seed.
-            step = jax.vmap(step, in_axes=(0, None, 0))
+        step = make_rated_step(structure, split_rows(self.mesh, splits["train"].materialize), training)
+        # All members take the same batch, as they do alone: it depends on the data's seed.
+        step = jax.vmap(step, in_axes=(0, None, 0, None)) if members else step
         self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
         dispatch = make_dispatch(step, known_length=not self._on_cpu())
         self.update = jax.jit(dispatch, donate_argnums=0, out_shardings=replicated(self.mesh))
-        rates = [member.training.learning_rate for member in members] or training.learning_rate
-        self.peak = self._put(np.asarray(rates, np.float32))
+        rates = [member.training.learning_rate for member in members or [experiment]]
+        self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))
         self.evaluators = make_evaluators(structure, splits, experiment, self.mesh)
 
         # Where things are kept.
@@ -281,7 +280,7 @@ class Run:
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
-        self.state, metrics = self.update(self.state, raws, np.int32(count), self.peak)
+        self.state, metrics = self.update(self.state, raws, np.int32(count), self.peak, self.kept)
         self.step += count
         return metrics
 

@@ -105,16 +105,18 @@ def make_train_step(
 
 def make_rated_step(
     structure: ModelStructure, materialize: Callable[[Any], Batch], training: TrainingConfig
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Sums]]:
-    """As `make_train_step`, the learning rate an argument: step(state, raw, peak) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """As `make_train_step`, with more arguments: step(state, raw, peak, kept) -> (state, metrics).
 
-    Under `jax.vmap` over states and rates it is the update of a population. The rate is an argument for a
-    single run too, because a compiler folds constants, and rounds them, as it sees fit.
+    Under `jax.vmap` over states and rates it is the update of a population. The rate `peak` is an argument
+    for a single run too, because a compiler folds constants, and rounds them, as it sees fit. `kept` are the
+    data that stay on the device (`Split.keep`), added to every raw batch.
     """
 
-    def rated_step(state, raw, peak):
+    def rated_step(state, raw, peak, kept=None):
         optimizer = make_optimizer(training, peak)
-        return make_train_step(structure, materialize, optimizer, training, peak)(state, raw)
+        with_kept = lambda raw: materialize({**raw, **(kept or {})})  # noqa: E731
+        return make_train_step(structure, with_kept, optimizer, training, peak)(state, raw)
 
     return rated_step
 

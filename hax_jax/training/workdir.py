@@ -17,7 +17,7 @@ from hax_jax.training.files import make_folders, write_json
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
 FORMAT_VERSION = 1
 # Settings that say how a run is carried out, not what comes of it.
-_WITHOUT_EFFECT = (("training", "steps_per_dispatch"),)
+_WITHOUT_EFFECT = (("training", "steps_per_dispatch"), ("data", "keep_on_device_mib"))
 # A message names no more differences than this.
 _MOST_NAMED = 10
 

@@ -231,3 +231,21 @@ def test_materialize_needs_no_jit(config):
     jitted = batches(split, 2, 1, repeat=True)[0]
     for eager, traced in zip(jax.tree.leaves(split.materialize(raw)), jax.tree.leaves(jitted), strict=True):
         np.testing.assert_array_equal(eager, traced)
+
+
+@pytest.mark.parametrize("packing", [0, 250])
+def test_data_kept_on_the_device_are_those_that_are_read(folders, packing):
+    """18 items in batches of 12: the second goes on at the beginning."""
+    folder = str(folders["joint recall"])
+    config = dataclasses.replace(TABLES, train_source="dataset", data_dir=folder, packing=packing)
+    found = []
+    for most in (0, 1):
+        split = make_split(dataclasses.replace(config, keep_on_device_mib=most), "train")
+        kept = split.keep()
+        assert list(kept) == ["sweeps"] * most
+        iterator = split.iterator(12, repeat=True)
+        raws = [next(iterator) for _ in range(2)]
+        assert all(("tokens" in raw) != bool(most) for raw in raws)
+        batches = [jax.tree.map(np.asarray, split.materialize({**raw, **kept})) for raw in raws]
+        found.append((batches, iterator.get_state()))
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from hax_jax.config import ModelConfig, TrainingConfig
+from hax_jax.data.dataset import Plan, create_dataset
 from hax_jax.models import build_model
 from hax_jax.training import make_optimizer, train
 from hax_jax.training.checkpoints import Checkpoints
@@ -17,7 +18,7 @@ from hax_jax.training.state import make_state, split_model
 from hax_jax.training.step import make_train_step
 from tests.training.test_loop import _interrupt_at
 from tests.training.test_step import items
-from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment
+from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment
 
 HAX = ModelConfig(
     vocab_size=VOCAB_SIZE,
@@ -116,3 +117,14 @@ def test_dispatches_end_where_something_is_due_and_begin_where_the_step_says():
     assert ends == [4, 8, 10, 14, 15, 19, 20, 24, 28, 30, 34, 38, 40, 44, 45, 47]
     # From the middle of a dispatch, as after a change of the setting, back into the same steps.
     assert 5 + steps_until_due(5, training, 4) == 8
+
+
+def test_a_data_set_kept_on_the_device_trains_to_the_bits_of_one_that_is_read(tmp_path):
+    data = dataclasses.replace(
+        DATA, min_n_context=2, min_n_key=2, train_source="dataset", data_dir=str(tmp_path / "data")
+    )
+    create_dataset(Plan(data, n_train_per_pair=9), report=lambda line: None)
+    for most in (0, 1):
+        kept = dataclasses.replace(data, keep_on_device_mib=most)
+        train(tiny_experiment(data=kept, num_steps=6), tmp_path / str(most), model=TinyModel())
+    assert_same_bits(tmp_path / "0", tmp_path / "1")
