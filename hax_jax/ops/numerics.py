@@ -29,3 +29,19 @@ def pad_time(x: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> ja
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value)
+
+
+def bfloat16_parts(x: jax.Array, count: int) -> jax.Array:
+    """Splits float32 x into bfloat16 arrays (count, ...) whose sum it is, to 8 bits a part; three hold all 24.
+
+    What a kernel multiplies exactly on matrix units that take bfloat16. Not for use inside a kernel.
+    """
+    if count == 1:
+        return x.astype(jnp.bfloat16)[None]
+    parts = []
+    for _ in range(count):
+        # Not a cast there and back: under jit XLA takes that for nothing on a GPU, and all later parts for 0.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return jnp.stack(parts)

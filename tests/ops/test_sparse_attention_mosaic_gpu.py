@@ -148,7 +148,7 @@ GPU_CASES = [
     ("chunks", "hax", 1057, 1, 32, 128, "float32", True),
     ("chunks", "hash", 333, 2, 16, 256, "float32", False),
     ("chunks", "lifetimes", 129, 1, 64, 64, "bfloat16", False),
-    ("chunks", "window", 1, 1, 128, 64, "float32", False),
+    ("chunks", "window", 3, 1, 128, 64, "float32", False),
     ("chunks", "sink", 4099, 1, 20, 100, "bfloat16", True),
     ("chunks", "hax", 200, 1, 128, 4096, "bfloat16", False),
     ("dense", "hax", 1057, 1, 32, 128, "bfloat16", True),

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hax_jax.ops.numerics import bfloat16_parts
 from hax_jax.ops.sparse_attention.chunks import visible
 
 # How tests on a CPU run the kernels: Pallas' interpreter's settings, or None to compile them.
@@ -177,15 +178,7 @@ def block(width):
 
 def parts(x):
     """(p, h, c, ...) bfloat16 arrays whose sum is x: itself, or three for float32."""
-    if x.dtype == jnp.bfloat16:
-        return x[None]
-    parts = []
-    for _ in range(3):
-        # Not a cast there and back, which the compiler may take for nothing.
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return jnp.stack(parts)
+    return bfloat16_parts(x, 1 if x.dtype == jnp.bfloat16 else 3)
 
 
 def stack(integers, absent, size):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from hax_jax.ops import dispatch, segments
-from hax_jax.ops.numerics import pad_time
+from hax_jax.ops.numerics import bfloat16_parts, pad_time
 from hax_jax.ops.ssd.mosaic_gpu import backward, forward, states
-from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, split, why_not
+from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, why_not
 
 
 def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
@@ -45,7 +45,7 @@ def _runs(ids):
 
 
 def _planes(array, tiles: Tiles):
-    return jnp.stack(split(pad_time(array, CHUNK), tiles.planes))
+    return bfloat16_parts(pad_time(array, CHUNK), tiles.planes)
 
 
 def _by_chunk(array):

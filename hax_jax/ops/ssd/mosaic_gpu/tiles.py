@@ -165,7 +165,7 @@ def visible(run_ref, *, transposed: bool = False):
 
 
 def split(value, planes: int):
-    """bfloat16 arrays whose sum is `value`, to 8 bits a plane."""
+    """bfloat16 arrays whose sum is `value`, to 8 bits a plane; inside a kernel, where a cast is a cast."""
     parts = []
     for plane in range(planes):
         parts.append(value.astype(jnp.bfloat16))
