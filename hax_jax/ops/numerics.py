@@ -32,7 +32,7 @@ def pad_time(x: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> ja
 
 
 def bfloat16_parts(x: jax.Array, count: int) -> jax.Array:
-    """Splits float32 x into bfloat16 arrays (count, ...) whose sum it is, to 8 bits a part; three hold all 24.
+    """Splits float32 x into `count` bfloat16 arrays (count, ...) whose sum it is; three hold all 24 bits.
 
     What a kernel multiplies exactly on matrix units that take bfloat16. Not for use inside a kernel.
     """

@@ -42,7 +42,7 @@ def causal_conv1d(
 
     Source: Mamba (arXiv 2312.00752), figure 3. Memory grows as b t c.
     """
-    # None stays with XLA: at 36 positions of 128 channels the kernel's gradient missed its tolerance on an H200.
+    # None stays with XLA: at 36 positions of 128 channels the kernel missed its tolerance on an H200.
     function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
     width, channels = weight.shape
     dispatch.check_shape("causal_conv1d", "weight", weight.shape, (width, x.shape[2]), "w, c")
