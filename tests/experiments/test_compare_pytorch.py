@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import compare_pytorch, plot_pytorch
+from experiments import compare_pytorch, plot_pytorch, results
 from experiments.comparison import exchange, ours, readme, report
 from experiments.pytorch_baseline.settings import Settings
 from hax_jax.config import ConfigError, Experiment, ModelConfig
@@ -237,3 +237,27 @@ def test_bad_input_is_one_line(golden, tmp_path, capsys):
         assert run(*arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and said in line, line
+
+
+PUBLISHED = sorted((results.CHECKOUT / report.FOLDER).glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_what_is_published_keeps_to_the_goals(path):
+    result = report.read(path)
+    curves = result["curves"]
+    same = curves["steps_before_first_difference"]
+    gaps = report.differences(result, "loss")
+    if result["device"]["kind"] == "cpu":
+        assert same >= 20 and max(gaps[:20]) <= 2e-5
+    assert max(gaps[:same], default=0.0) <= 1e-3
+    assert same == curves["steps"] or curves["first_difference"]["step"] == same
+    assert path.with_suffix(".svg").exists()
+    assert result["commit"]
+    # Relative paths alone: a place on one machine helps nobody else.
+    assert not any(word.startswith("/") or "=/" in word for word in result["command"].split())
+
+
+def test_a_golden_start_is_among_what_is_published():
+    starts = [report.read(path)["origin"] for path in PUBLISHED]
+    assert any(GOLDEN in start for start in starts)
