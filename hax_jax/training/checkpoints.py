@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from hax_jax.training.processes import from_primary, is_primary
 from hax_jax.training.workdir import FORMAT_VERSION, config_differences, settings_differences
 
 Arrays = dict[str, np.ndarray]
+# Part of the name of what is being written, which Orbax chooses, and of what is being deleted.
+_HALF = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +61,15 @@ class Checkpoints:
         writer: concurrent.futures.Executor | None = None,
     ):
         self.folder, self._keep, self._say, self._writer = folder.absolute(), keep, say, writer
-        self._lazy_manager: ocp.CheckpointManager | None = None
+        self._lazy_orbax: ocp.Checkpointer | None = None
         self._pending: concurrent.futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints, whole or not, oldest first."""
         if not self.folder.is_dir():
             return []
-        self._manager().reload()
-        return sorted(self._manager().all_steps())
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint; the arrays of `tree` may be donated as soon as this returns.
@@ -110,8 +113,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Frees what Orbax holds; to be called when the writer thread has ended."""
-        if self._lazy_manager is not None:
-            self._lazy_manager.close()
+        if self._lazy_orbax is not None:
+            self._lazy_orbax.close()
 
     def read(self, step: int) -> Restored:
         """Reads one checkpoint.
@@ -121,8 +124,8 @@ class Checkpoints:
         """
         try:
             check_sums(self.folder / str(step))
-            stored = self._manager().restore(
-                step,
+            stored = self._orbax().restore(
+                self.folder / str(step),
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
             )
             arrays = dict(_flat(stored["state"]))
@@ -159,7 +162,7 @@ class Checkpoints:
                 self._set_aside(other)
 
     def _write(self, step: int, arrays: Arrays, meta: dict[str, Any]) -> None:
-        manager = self._manager()
+        orbax = self._orbax()
         if step in self.steps():
             # A resumed run comes by the same step again. With the same bits there is nothing to write.
             try:
@@ -169,17 +172,16 @@ class Checkpoints:
                 pass
             self._set_aside(step)
         state = ocp.args.StandardSave(_nested(arrays))
-        saved = manager.save(
-            step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonSave(meta)), force=True
-        )
-        if not saved:
-            raise OSError(f"Orbax declined to save step {step}")
+        args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(meta))
+        orbax.save(self.folder / str(step), args=args)
         write_sums(self.folder / str(step))
         _make_durable(self.folder / str(step))
         self.read(step)
         older = [other for other in self.steps() if other < step]
         for other in older[: max(len(older) - self._keep + 1, 0)]:
-            manager.delete(other)
+            # Under another name first, so that what is half deleted is no checkpoint.
+            going = (self.folder / str(other)).rename(self.folder / f"{other}{_HALF}-deleted")
+            shutil.rmtree(going)
 
     def _set_aside(self, step: int) -> None:
         target = self.folder.parent / "set_aside"
@@ -188,23 +190,23 @@ class Checkpoints:
         while (path := target / f"{self.folder.name}-{step}-{number}").exists():
             number += 1
         (self.folder / str(step)).rename(path)
-        self._manager().reload()
 
-    def _manager(self) -> ocp.CheckpointManager:
-        if self._lazy_manager is None:
-            writes = self._writer is not None and is_primary()
-            if writes:
+    def _orbax(self) -> ocp.Checkpointer:
+        # Not Orbax's manager of a folder: it fails as a whole where one checkpoint's metadata is damaged.
+        if self._lazy_orbax is None:
+            if self._writer is not None and is_primary():
                 make_folders(self.folder)
-            options = ocp.CheckpointManagerOptions(
-                create=False,
                 # What a run that was killed left half-written; a reader must not touch a running one's.
-                cleanup_tmp_directories=writes,
-                enable_async_checkpointing=False,
-                save_root_metadata=False,
-                multiprocessing_options=_alone(),
+                for path in self.folder.glob(f"*{_HALF}*"):
+                    shutil.rmtree(path)
+            alone = _alone()
+            handler = ocp.CompositeCheckpointHandler(
+                state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+                meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
             )
-            self._lazy_manager = ocp.CheckpointManager(self.folder, options=options)
-        return self._lazy_manager
+            self._lazy_orbax = ocp.Checkpointer(handler, multiprocessing_options=alone)
+        return self._lazy_orbax
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

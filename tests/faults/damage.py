@@ -142,7 +142,10 @@ def try_damage(trials: int, seed: int, seconds: float) -> Tally:
             kind = generator.choice(OF_SAVING) if saving else _choose(generator)
             state = generator.getstate()
             attempt = _try_saving if saving else _try_reading
-            problems = list(attempt(folder / "trial" / "checkpoints", kind, generator))
+            try:
+                problems = list(attempt(folder / "trial" / "checkpoints", kind, generator))
+            except Exception as error:
+                problems = [f"raised {error!r}"[:500]]
             tally.add(kind, [f"{problem} ({kind})" for problem in problems], {"state": hash(state)})
     return tally
 

@@ -124,6 +124,21 @@ def test_every_file_is_summed_and_older_checkpoints_without_sums_are_read(tmp_pa
     assert_is(checkpoints.read(2), 2)
 
 
+def test_damaged_metadata_of_one_checkpoint_does_not_hide_the_others(tmp_path, said, writer):
+    """Orbax's own manager of a folder raises here."""
+    saved(tmp_path / "c", said, writer, [1, 2]).close()
+    for step in ("1", "2"):
+        path = tmp_path / "c" / step / "_CHECKPOINT_METADATA"
+        path.write_text(path.read_text().replace("timestamp", "timestomp"))
+        checkpoints = Checkpoints(tmp_path / "c", 3, said.append, writer)
+        restored = checkpoints.newest()
+        assert (restored and restored.step) == (2 if step == "1" else None)
+        checkpoints.save(3, tree(3), {"experiment": {}, "data": {"next": 3}})
+        checkpoints.wait()
+        assert_is(checkpoints.newest(), 3)
+        shutil.rmtree(tmp_path / "c" / "3")
+
+
 def _damage(path: pathlib.Path, kind: str, generator: random.Random) -> None:
     content = bytearray(path.read_bytes())
     if kind == "delete":
