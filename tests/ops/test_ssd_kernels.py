@@ -131,6 +131,9 @@ def poison_memory() -> None:
         ((2, 1057, 8, 16, 1, 32), False),
         ((2, 1057, 8, 16, 1, 32), True),
         ((2, 300, 8, 32, 1, 32), True),
+        # Whole rows of one tile's width: the last chunk must not reach into the next row.
+        ((3, 70, 1, 64, 1, 32), True),
+        ((3, 70, 4, 16, 1, 16), True),
         ((1, 500, 4, 64, 2, 64), True),
     ],
 )

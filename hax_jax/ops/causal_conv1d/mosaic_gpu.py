@@ -139,8 +139,7 @@ def _gradients(x, dy, parameters, keep, tiles: Tiles):
         for tap, value in enumerate(sums):
             sums_ref[b, i, tap, lanes] = value
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dx_sm, dx_ref.at[b, pl.ds(i * size, size), lanes])
-        plgpu.wait_smem_to_gmem(0)
+        _write(dx_sm, dx_ref.at[b, :, lanes], i * size, one_piece=dx_ref.shape[2] == LANES)
 
     # A copy must be a multiple of 128 bytes; a row of `keep` may have 16.
     rows = [size + 2 * halo, size + halo, -(-(size + halo) // 8) * 8]
@@ -167,6 +166,32 @@ def _gradients(x, dy, parameters, keep, tiles: Tiles):
         ),
     )(*inputs, parameters)
     return dx[:, :length, :channels], sums
+
+
+def _write(tile, target, start, one_piece: bool):
+    """Copies the rows of a tile that lie inside the target (time, lanes).
+
+    The hardware leaves out the others, unless the tile is as wide as the array: such a tile is copied as one
+    piece, over the beginning of the next row of the batch.
+    """
+    size, length = tile.shape[0], target.shape[0]
+
+    def whole():
+        plgpu.copy_smem_to_gmem(tile, target.at[pl.ds(start, size)])
+        plgpu.wait_smem_to_gmem(0)
+
+    def row_by_row():
+        def row(r, _):
+            plgpu.copy_smem_to_gmem(tile.at[r], target.at[start + r])
+
+        lax.fori_loop(0, length - start, row, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    if one_piece and length % size:
+        pl.when(start + size <= length)(whole)
+        pl.when(start + size > length)(row_by_row)
+    else:
+        whole()
 
 
 def _step(loaded, dx_sm, filters, bias, s, carry, whole=True):

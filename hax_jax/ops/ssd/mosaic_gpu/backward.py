@@ -75,7 +75,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             per_head = [ref.at[index] for ref in (cum_ref, dt_ref, leave_ref)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
             dx, sums_of_head, dS = _head(S, dS, D_ref[index], here, of_head, tiles)
-            dx_sm[:, here] = dx.astype(dx_type)
+            dx_sm[head] = dx.astype(dx_type)
             for ref, value in zip(sums, sums_of_head, strict=True):
                 ref[b, c, index] = value
             return dS
@@ -85,7 +85,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
         for plane in range(planes):
             dS_sm[plane] = dS[plane]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dx_sm, dx_ref.at[b, time, columns])
+        for head in range(block):
+            plgpu.copy_smem_to_gmem(dx_sm.at[head], dx_ref.at[b, time, pl.ds(k * width + head * p, p)])
 
         def shared_gradients(dB, dC):
             for i, j in tiles.plane_pairs:
@@ -119,7 +120,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
         ],
         scratch_types=[
             *[tile(tiles, CHUNK, n), tile(tiles, CHUNK, n), rows, rows, states, states],
-            plgpu.SMEM((CHUNK, width), dx_type),
+            # A tile a head: see `Tiles.length`.
+            plgpu.SMEM((block, CHUNK, p), dx_type),
             tile(tiles, *SQUARE),
             plgpu.Barrier(num_arrivals=6 * planes),
         ],

@@ -30,8 +30,9 @@ class Tiles:
       heads: heads of one program; all share one group.
       heads_per_group: heads that share B and C.
       planes: bfloat16 terms that stand for a matmul input: 1 for bfloat16, 3 for float32.
-      length: positions of a row that are written; the rest of the last chunk is not. The interpreter knows no
-        such limit and needs whole chunks.
+      length: positions of a row that are written. The hardware leaves out the rest of the last chunk, unless
+        a tile is as wide as the array: that is copied as one piece, over the next row's beginning. So y and
+        dx are copied a head at a time; with a single head, or in the interpreter, whole chunks are written.
       unroll: heads whose instructions are written one after the other.
     """
 
@@ -96,9 +97,8 @@ def choose_tiles(x, B) -> Tiles:
     """Sizes for a call that the kernels can run."""
     # The fewest bytes are moved when all heads that share B and C are in one program, if they fit.
     heads_per_group = x.shape[2] // B.shape[2]
-    return Tiles(
-        x.shape[3], B.shape[3], max(_blocks(x, B)), heads_per_group, _PLANES[x.dtype.name], x.shape[1]
-    )
+    length = x.shape[1] if x.shape[2] > 1 else -(-x.shape[1] // CHUNK) * CHUNK
+    return Tiles(x.shape[3], B.shape[3], max(_blocks(x, B)), heads_per_group, _PLANES[x.dtype.name], length)
 
 
 def _blocks(x, B) -> list[int]:
