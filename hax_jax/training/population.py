@@ -169,7 +169,9 @@ class PopulationRun(Run):
         self.metrics.flush()
         results = [self._result_of(index, tests[index]) for index in range(len(self.members))]
         for index, (member, ended) in enumerate(zip(self.members, results, strict=True)):
-            write_member(self.folder.path, index, self.folder.path / MEMBERS / member.name, ended)
+            # Of several processes the first writes, as everywhere.
+            if jax.process_index() == 0:
+                write_member(self.folder.path, index, self.folder.path / MEMBERS / member.name, ended)
         result = _summary(self.members, results, self.step, refused)
         self.folder.finish(result)
         found = [tests[index].accuracy for index in running]
