@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> Command:
     if cache == "":
         raise ConfigError("--compilation_cache", "a folder, or off", cache, "leave the flag out")
     workdir = _workdir(values["workdir"].value, experiment)
-    return Command(experiment, workdir, cache, values["distributed"].value)
+    return Command(experiment, workdir, cache, bool(values["distributed"].value))
 
 
 def describe() -> str:

@@ -42,7 +42,7 @@ class Compilations:
         if Compilations._totals is None:
             Compilations._totals = dict.fromkeys(_COUNTED.values(), 0)
             jax.monitoring.register_event_listener(lambda event, **_: _count(event, 1))
-            jax.monitoring.register_event_duration_secs_listener(lambda event, x, **_: _count(event, x))
+            jax.monitoring.register_event_duration_secs_listener(_count)
         self._before = dict(Compilations._totals)
 
     def so_far(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Compilations:
         return {**counts, "cache": jax.config.jax_compilation_cache_dir}
 
 
-def _count(event: str, amount: float) -> None:
+def _count(event: str, duration_secs: float, **_: Any) -> None:
     name = _COUNTED.get(event)
     if name is not None and Compilations._totals is not None:
-        Compilations._totals[name] += amount
+        Compilations._totals[name] += duration_secs
