@@ -68,6 +68,8 @@ def check_sums(folder: pathlib.Path) -> None:
     if not isinstance(content, dict) or content.get("format_version") != _SUMS_VERSION:
         raise ValueError(f"{SUMS} is damaged or of another version")
     wanted, found = content.get("files"), _sums(folder)
+    if not isinstance(wanted, dict):
+        raise ValueError(f"{SUMS} is damaged")
     if wanted != found:
         names = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         raise ValueError(f"not as in {SUMS}: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}")

@@ -23,10 +23,10 @@ def join() -> None:
     Raises:
       ConfigError: they do not, or the others cannot be reached.
     """
-    given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     try:
-        numbers = {name: int(os.environ[x]) for name, x in given.items() if x in os.environ}
-        jax.distributed.initialize(**numbers)
+        count, mine = (int(os.environ[name]) if name in os.environ else None for name in given)
+        jax.distributed.initialize(num_processes=count, process_id=mine)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             "--distributed", "given under Slurm or Open MPI, or with JAX_COORDINATOR_ADDRESS, "
