@@ -92,7 +92,7 @@ def _parser() -> results.Parser:
     )
     parser.add_argument("--torch_python", help="interpreter of an environment with PyTorch")
     parser.add_argument("--exchange", type=pathlib.Path, help="folder of the files that are exchanged")
-    parser.add_argument("--commit", help="the commit of the code, for a checkout without git")
+    parser.add_argument("--commit", help="the commit of the code, for a copy of a checkout")
     parser.add_argument("--out", type=pathlib.Path, help="default results/pytorch/NAME.json")
     return parser
 
@@ -157,8 +157,8 @@ def _compare(start, theirs, experiment, options, where) -> dict[str, Any]:
     where["versions"] |= {
         name: version for name, version in found["torch_ran"]["versions"].items() if name != "python"
     }
-    if where["commit"] is None:
-        where["commit"] = options.commit
+    if options.commit is not None:
+        where |= {"commit": options.commit, "uncommitted_changes": None}
     result: dict[str, Any] = {
         "format_version": results.FORMAT_VERSION,
         "task": report.TASK,

@@ -8,7 +8,7 @@ from experiments.comparison import report
 COLUMNS = (
     "config",
     "steps",
-    "largest difference of a loss",
+    "loss differs by at most",
     "first other decision",
     "PyTorch",
     "JAX, parity",
@@ -67,11 +67,21 @@ def _cells(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
     return [
         f"[`{path.stem}`]({path.as_posix()})",
         str(curves["steps"]),
-        f"{curves['largest_difference_before']['loss']:.1e}",
+        _largest(curves),
         decision,
         *times,
         f"{memory} GiB" if rows else "",
     ]
+
+
+def _largest(curves: dict[str, Any]) -> str:
+    """The largest difference of a loss, before the first other decision and in all."""
+    overall = f"{curves['largest_difference']['loss']:.1e}"
+    first = curves["first_difference"]
+    if first is None:
+        return overall
+    before = f"{curves['largest_difference_before']['loss']:.1e}, " if first["step"] else ""
+    return f"{before}then {overall}"
 
 
 def _kind(row: dict[str, Any]) -> _Kind:

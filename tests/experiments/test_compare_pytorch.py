@@ -213,11 +213,11 @@ def test_the_table_of_the_readme(tmp_path):
     assert text is not None
     rows = [line for line in text.splitlines() if line.startswith("| [")]
     assert rows[0] == (
-        "| [`z_gpu`](results/pytorch/z_gpu.json) | 3 | 1.0e-06 | step 2: selected key, 1e-07 from its "
-        "boundary | 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 2.00 ms (10.0x) "
+        "| [`z_gpu`](results/pytorch/z_gpu.json) | 3 | 1.0e-06, then 1.0e-03 "
+        "| step 2: selected key, 1e-07 from its boundary | 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 2.00 ms (10.0x) "
         "| 1.50 / 1.50 / 1.50 / 1.50 GiB |"
     )
-    assert rows[1] == "| [`a_cpu`](results/pytorch/a_cpu.json) | 3 | 1.0e-06 | none |  |  |  |  |  |"
+    assert rows[1] == "| [`a_cpu`](results/pytorch/a_cpu.json) | 3 | 1.0e-03 | none |  |  |  |  |  |"
     assert "kernels: ssd by mamba_ssm 2; conv by c 1." in text
     assert "broken could not be timed: out of memory." in text
     (folder / "a_cpu.json").write_text("{}")
