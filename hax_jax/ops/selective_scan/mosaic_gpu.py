@@ -107,7 +107,8 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool,
         reset = pad_time(segments.starts(segment_ids), tiles.steps).reshape(x.shape[0], -1, tiles.steps)
         reset = jnp.where(reset, RESET, 0.0).astype(jnp.float32)
         reset = pad_time(reset, RESET_ROW, axis=2)
-    if tiles.pad:
+    # A row shorter than a tile is made one: a copy of more positions than there are is not relied on.
+    if tiles.pad or length < tiles.steps:
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
     y, last = _scan(x, dt, A, B, C, D, initial_state, reset, length, softplus, tiles)
     return y[:, :length], last
