@@ -214,7 +214,8 @@ def test_the_table_of_the_readme(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| [")]
     assert rows[0] == (
         "| [`z_gpu`](results/pytorch/z_gpu.json) | 3 | 1.0e-06, then 1.0e-03 "
-        "| step 2: selected key, 1e-07 from its boundary | 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 2.00 ms (10.0x) "
+        "| step 2: selected key, 1e-07 from its boundary "
+        "| 20.00 ms | 10.00 ms (2.0x) | 4.00 ms (5.0x) | 2.00 ms (10.0x) "
         "| 1.50 / 1.50 / 1.50 / 1.50 GiB |"
     )
     assert rows[1] == "| [`a_cpu`](results/pytorch/a_cpu.json) | 3 | 1.0e-03 | none |  |  |  |  |  |"
