@@ -73,7 +73,7 @@ class ModelConfig(Checked):
     routing: str = choice("causal", ("causal", "parity"))
     initializer_range: float = number(0.1, 0.0, 1e3, open_low=True)
     precision: str = choice("default", ("default", "float32", "bfloat16", "float64"))
-    implementation: str = choice("auto", ("auto", "reference", "xla"))
+    implementation: str = choice("auto", ("auto", "reference", "xla", "mosaic_gpu"))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -103,7 +103,9 @@ class ModelConfig(Checked):
     def check_combinations(self) -> None:
         if self.pad_token_id >= self.vocab_size:
             raise ConfigError(
-                "model.pad_token_id", f"below model.vocab_size={self.vocab_size}", self.pad_token_id,
+                "model.pad_token_id",
+                f"below model.vocab_size={self.vocab_size}",
+                self.pad_token_id,
                 "the pad is a token of the vocabulary",
             )
         if self.time_step_min > self.time_step_max:

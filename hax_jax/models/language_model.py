@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from hax_jax.config import ModelConfig
+from hax_jax.config import ConfigError, ModelConfig
 from hax_jax.layers import (
     BranchOutput,
     Embedding,
@@ -24,6 +24,7 @@ from hax_jax.layers import (
 )
 from hax_jax.layers.routing import RULES
 from hax_jax.layers.sequence import Keep
+from hax_jax.ops import dispatch
 from hax_jax.packing import Packing, ScoredPositions
 
 
@@ -186,5 +187,13 @@ class LanguageModel(nnx.Module):
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
-    """Builds the model that `config` describes, with the original's initial values."""
+    """Builds the model that `config` describes, with the original's initial values.
+
+    Raises:
+      ConfigError: kernels were asked for by name on a device that cannot run them.
+    """
+    missing = dispatch.missing_for_mosaic_gpu() if config.implementation == "mosaic_gpu" else None
+    if missing is not None:
+        expected = "'auto', 'xla' or 'reference' on this device"
+        raise ConfigError("model.implementation", expected, f"'mosaic_gpu', which {missing}", "use 'auto'")
     return LanguageModel(config, rngs=rngs)

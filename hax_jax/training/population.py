@@ -36,8 +36,10 @@ class PopulationRun(Run):
     def __init__(self, experiment: Experiment, *arguments: Any):
         if jax.process_count() > 1:
             raise ConfigError(
-                "training.population_seeds", "left empty, as the rates, with several processes",
-                experiment.training.population_seeds, "train a population in one process",
+                "training.population_seeds",
+                "left empty, as the rates, with several processes",
+                experiment.training.population_seeds,
+                "train a population in one process",
             )
         super().__init__(experiment, *arguments)
         self.members = experiment.members

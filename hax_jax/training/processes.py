@@ -29,8 +29,11 @@ def join() -> None:
         jax.distributed.initialize(num_processes=count, process_id=mine)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
-            "--distributed", "given under Slurm or Open MPI, or with JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID", True, " ".join(str(error).split()),
+            "--distributed",
+            "given under Slurm or Open MPI, or with JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+            True,
+            " ".join(str(error).split()),
         ) from error
 
 

@@ -30,7 +30,8 @@ def small_configs(draw):
     return DataConfig(
         **{f"min_n_{kind}": least for kind, least in low.items()},
         **{f"max_n_{kind}": least + draw(st.integers(0, 2)) for kind, least in low.items()},
-        n_value=draw(st.integers(5, 40)), seed=draw(st.integers(0, 2**32 - 1)),
+        n_value=draw(st.integers(5, 40)),
+        seed=draw(st.integers(0, 2**32 - 1)),
         n_eval_per_pair=draw(st.integers(1, 2)),
     )
 

@@ -55,8 +55,17 @@ def _population(workdir: pathlib.Path) -> RunResult:
 
 def _hax(workdir: pathlib.Path, packing: int = 0) -> RunResult:
     model = ModelConfig(
-        arch="mamba2", vocab_size=VOCAB_SIZE, hidden_size=8, num_layers=1, state_size=4, num_heads=2,
-        head_dim=8, chunk_size=8, sparse_arch="sign_bin_lsh+key_selection", sparse_keys=4, num_hash=2,
+        arch="mamba2",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=8,
+        num_layers=1,
+        state_size=4,
+        num_heads=2,
+        head_dim=8,
+        chunk_size=8,
+        sparse_arch="sign_bin_lsh+key_selection",
+        sparse_keys=4,
+        num_hash=2,
     )
     experiment = _experiment()
     data = dataclasses.replace(experiment.data, packing=packing)

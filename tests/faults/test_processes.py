@@ -26,15 +26,22 @@ class Pair:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1",
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONUNBUFFERED": "1",
         }
         environment.pop("XLA_FLAGS", None)
         script = str(ROOT / "tests" / "faults" / "two.py")
         self.processes = [
             subprocess.Popen(
-                [sys.executable, script, str(port), str(number), str(folder)], env=environment, cwd=ROOT,
-                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, script, str(port), str(number), str(folder)],
+                env=environment,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for number in range(2)
         ]

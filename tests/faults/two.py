@@ -14,7 +14,9 @@ def main() -> None:
     """Joins the other process and trains."""
     port, number, folder = sys.argv[1:4]
     os.environ |= {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": number
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": number,
     }
     processes.join()
     settings = tiny_experiment(

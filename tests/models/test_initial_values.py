@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hax_jax.config import ModelConfig
+from hax_jax.config import ConfigError, ModelConfig
 from hax_jax.layers import Precision
 from hax_jax.models import build_model
+from hax_jax.ops import dispatch
 from hax_jax.training.state import split_model
 
 HAX = "sign_bin_lsh+key_selection"
@@ -91,3 +92,10 @@ def test_precisions(precision, param, matmul, logits):
     output = model(rows, key=jax.random.key(0), train=True)
     assert output.logits.dtype == logits and np.isfinite(output.logits).all()
     assert output.gate_loss.dtype == np.float32
+
+
+def test_kernels_by_name_need_a_device_that_runs_them(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_for_mosaic_gpu", lambda: "needs a GPU")
+    config = ModelConfig(implementation="mosaic_gpu")
+    with pytest.raises(ConfigError, match=r"model\.implementation.*'mosaic_gpu', which needs a GPU"):
+        build_model(config, rngs=nnx.Rngs(0))

@@ -9,6 +9,7 @@ import pytest
 
 import hax_jax
 from hax_jax.config import ModelConfig
+from hax_jax.ops import dispatch
 from hax_jax.training import environment
 from hax_jax.training.compilation import keep_programs
 from hax_jax.training.environment import Session, read_sessions, resolved_implementation
@@ -111,6 +112,12 @@ def test_the_commit_is_that_of_the_checkout_or_unknown(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("asked", "resolved"), [("auto", "xla"), ("xla", "xla"), ("reference", "reference")])
 def test_implementation_is_named_as_it_resolves(asked, resolved):
     assert resolved_implementation(ModelConfig(implementation=asked)) == resolved
+
+
+def test_implementation_is_that_of_the_kernels_where_they_run(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_for_mosaic_gpu", lambda: None)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert resolved_implementation(ModelConfig()) == "mosaic_gpu"
 
 
 def test_the_record_is_plain_json(tmp_path):
