@@ -95,6 +95,7 @@ def test_dense_tiles_end_where_segments_and_rows_do():
         ("chunks", "hax", 64, 64, "float32"),
         ("chunks", "window", 16, 1024, "bfloat16"),
         ("chunks", "sink", 128, 4096, "bfloat16"),
+        ("chunks", "window", 128, 128, "float32"),
         ("dense", "hax", 32, 128, "bfloat16"),
         ("dense", "all", 64, 64, "float32"),
         ("dense", "full", 16, 1024, "bfloat16"),

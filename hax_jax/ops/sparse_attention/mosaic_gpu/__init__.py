@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from hax_jax.ops import dispatch
 from hax_jax.ops.sparse_attention import chunks
 from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks, dense
-from hax_jax.ops.sparse_attention.mosaic_gpu.chunk_kernels import TILE
+from hax_jax.ops.sparse_attention.mosaic_gpu.chunk_kernels import TILE, block_of
 from hax_jax.ops.sparse_attention.plan import CHUNK
 
 # The scores of a chunk are kept in registers, which this many keys fill.
 MAX_KEYS = 256
 # Below, dense tiles: they cost t a query, chunks a constant and many small launches. In a training step on an
-# H200, forward and backward cost 3.5 ns a position in dense tiles of rows of 1,057, and 19 ns in chunks: equal
-# near 5,700, if the first grows as t.
+# H200, forward and backward cost 3.5 ns a position in dense tiles, with rows of 1,057, and 19 ns in chunks:
+# equal near 5,700, if the first grows as t.
 MIN_LENGTH_OF_CHUNKS = 4096
 
 
@@ -29,7 +29,7 @@ def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
             f"`implementation` of sparse_attention cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
         )
     arguments = (q, k, v, key_set, segment_ids, scale, uniform_empty_rows)
-    if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(key_set):
+    if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(q, v, key_set):
         return chunks.sparse_attention(*arguments, tile=TILE)
     return dense.sparse_attention(*arguments)
 
@@ -44,5 +44,11 @@ def why_not(q, k, v) -> str | None:
     return None
 
 
-def _fits_chunks(key_set) -> bool:
-    return chunks.can_plan(key_set) and all(source.size <= MAX_KEYS - CHUNK for source in key_set.sources)
+def _fits_chunks(q, v, key_set) -> bool:
+    if not chunks.can_plan(key_set):
+        return False
+    keys = -(-(CHUNK + max(source.size for source in key_set.sources)) // CHUNK) * CHUNK
+    num_parts = 1 if q.dtype == jnp.bfloat16 else 3
+    features = building_blocks.padded_features(q.shape[-1])
+    width = building_blocks.padded_values(v.shape[-1])
+    return keys <= MAX_KEYS and block_of(num_parts, keys, features, width) is not None

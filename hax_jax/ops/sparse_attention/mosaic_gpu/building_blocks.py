@@ -21,8 +21,10 @@ interpret: Any = None
 # A matrix instruction has 64 rows: chunks have 64 queries, and keys come in groups of 64.
 ROWS = 64
 FEATURES = (16, 32, 64, 128)
-# Values are worked on this many features at a time.
-WIDTHS = (128, 64)
+# Values are padded to a multiple of this.
+WIDTH = 64
+# What a program may use of a multiprocessor's 227 KiB, with room for integers and what the compiler adds.
+SHARED_MEMORY = 219 * 1024
 
 _ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -157,23 +159,26 @@ def tiled(shape, dtype):
     raise ValueError(f"the last axis of {shape} is not a multiple of 32 bytes")
 
 
+def padded_features(count):
+    return next(size for size in FEATURES if size >= count)
+
+
+def padded_values(count):
+    return -(-count // WIDTH) * WIDTH
+
+
 def pad_features(x):
-    target = next(size for size in FEATURES if size >= x.shape[-1])
-    return _pad(x, 3, target)
+    return _pad(x, 3, padded_features(x.shape[-1]))
 
 
 def pad_values(x):
-    return _pad(x, 3, -(-x.shape[-1] // WIDTHS[-1]) * WIDTHS[-1])
+    return _pad(x, 3, padded_values(x.shape[-1]))
 
 
 def _pad(x, axis, size):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths) if size > x.shape[axis] else x
-
-
-def block(width):
-    return next(block for block in WIDTHS if width % block == 0)
 
 
 def parts(x):

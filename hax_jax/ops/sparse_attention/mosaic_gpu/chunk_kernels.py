@@ -18,6 +18,21 @@ from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks as bb
 LOG2E = math.log2(math.e)
 
 
+def block_of(num_parts: int, keys: int, features: int, width: int) -> int | None:
+    """How many features of the values a program works on at a time: the most that fit, or None."""
+    both = bb.ROWS + keys
+    for block in (128, 64, 32):
+        inputs_and_output = (
+            (both * features + keys * block, block),
+            (both * (features + block), features),
+            (2 * bb.ROWS * (features + block), features + block),
+        )
+        needed = max(2 * num_parts * inputs + 4 * bb.ROWS * output for inputs, output in inputs_and_output)
+        if width % block == 0 and needed <= bb.SHARED_MEMORY:
+            return block
+    return None
+
+
 def _forward(kinds, scale, q, k, v, rows, columns):
     heads, num_chunks = q.shape[:2]
     width = v.shape[-1]
@@ -27,7 +42,7 @@ def _forward(kinds, scale, q, k, v, rows, columns):
         bb.parts(bb.pad_values(v)),
     )
     rows, columns = bb.stack(rows, NO_QUERY, bb.ROWS), bb.stack(columns, NO_KEY, k.shape[3])
-    num_parts, width_of_block = q.shape[0], bb.block(v.shape[-1])
+    num_parts, width_of_block = q.shape[0], block_of(q.shape[0], k.shape[3], q.shape[-1], v.shape[-1])
     keys = k.shape[3]
 
     def body(q_ref, k_ref, v_ref, rows_ref, columns_ref, out_ref, lse_ref,
@@ -101,7 +116,7 @@ def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
 
 def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
     num_parts, heads, num_chunks, keys = k.shape[:4]
-    width_of_block = bb.block(v.shape[-1])
+    width_of_block = block_of(num_parts, keys, q.shape[-1], v.shape[-1])
     shape = (bb.ROWS, keys)
 
     def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, statistics_ref, d_q_ref,
@@ -150,7 +165,7 @@ def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
 
 def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
     num_parts, heads, num_chunks, keys = k.shape[:4]
-    width_of_block = bb.block(v.shape[-1])
+    width_of_block = block_of(num_parts, keys, q.shape[-1], v.shape[-1])
     shape = (bb.ROWS, bb.ROWS)
     num_blocks = v.shape[-1] // width_of_block
 

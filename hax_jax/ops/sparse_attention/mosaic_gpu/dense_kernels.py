@@ -29,8 +29,6 @@ from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks as bb
 
 LOG2E = math.log2(math.e)
 SHAPE = (bb.ROWS, bb.ROWS)
-# What a program may use of a multiprocessor's 227 KiB, with room for what the compiler adds.
-SHARED_MEMORY = 220 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def fit(num_parts: int, features: int, width: int) -> tuple[int, int]:
     """(width of a block of values, slots): the largest that fit into shared memory."""
     for block, slots in ((128, 2), (128, 1), (64, 2), (64, 1)):
         row = features + block
-        if width % block == 0 and bb.ROWS * row * (2 * num_parts * (1 + slots) + 4) <= SHARED_MEMORY:
+        if width % block == 0 and bb.ROWS * row * (2 * num_parts * (1 + slots) + 4) <= bb.SHARED_MEMORY:
             return block, slots
     raise ValueError(f"{features} features in {num_parts} parts do not fit into shared memory")
 
