@@ -70,8 +70,8 @@ def sparse_attention(
         have or that cannot run this call.
 
     Source: HAX (arXiv 2507.00449), section 4. Memory grows as b t h (n + e), and so does the time of hash
-    buckets, lifetimes, sliding windows and sinks; with other sources, and in short rows of 'xla', time grows
-    as t^2.
+    buckets, lifetimes, sliding windows and sinks; with other sources, and in short rows, time grows as
+    t^2.
     """
     preferred = dispatch.best(mosaic_gpu.why_not(q, k, v))
     function = dispatch.resolve("sparse_attention", implementation, IMPLEMENTATIONS, preferred)
