@@ -12,6 +12,9 @@ def resolve(
 ) -> Callable:
     """Returns the function that `implementation` names, or for None the op's own choice.
 
+    For several devices the place to wrap a kernel in `shard_map` is here, where all pass: over the axis
+    'data' of the batch, around the kernel alone (docs/scaling.md says why). None does so yet.
+
     Args:
       op: the op's name, for the message.
       implementation: one of `NAMES`, or None.
