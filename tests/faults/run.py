@@ -78,7 +78,7 @@ def _devices(folder: pathlib.Path, cache: pathlib.Path) -> int:
     failed = [x for x in found.values() if max(x["loss"], x["parameter"]) > devices.TOLERANCE]
     write_json(
         folder / "devices.json",
-        {"tolerance": devices.TOLERANCE, "steps": 50, "from_1_device": found, **describe()},
+        {"tolerance": devices.TOLERANCE, "steps": 50, "from_1_device": found, **describe(), "command": "python tests/faults/run.py devices"},
     )
     print(f"devices: {len(failed)} of {len(found)} comparisons beyond {devices.TOLERANCE:g}", flush=True)
     return 1 if failed else 0
