@@ -76,9 +76,10 @@ def _devices(folder: pathlib.Path, cache: pathlib.Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         found = devices.compare(pathlib.Path(temporary), cache)
     failed = [x for x in found.values() if max(x["loss"], x["parameter"]) > devices.TOLERANCE]
+    about = {**describe(), "command": "python tests/faults/run.py devices"}
     write_json(
         folder / "devices.json",
-        {"tolerance": devices.TOLERANCE, "steps": 50, "from_1_device": found, **describe(), "command": "python tests/faults/run.py devices"},
+        {"tolerance": devices.TOLERANCE, "steps": 50, "from_1_device": found, **about},
     )
     print(f"devices: {len(failed)} of {len(found)} comparisons beyond {devices.TOLERANCE:g}", flush=True)
     return 1 if failed else 0
