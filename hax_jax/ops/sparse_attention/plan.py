@@ -100,9 +100,11 @@ def _plan_by_bucket(source, segment_ids, multiple):
     batch, length = segment_ids.shape
     num_positions = batch * length
     row_begin = length * jnp.arange(batch, dtype=jnp.int32)[:, None]
-    codes = (jnp.broadcast_to(x, segment_ids.shape) for x in (source.query_code, source.key_code))
+    query_code, key_code = (
+        jnp.broadcast_to(x, segment_ids.shape) for x in (source.query_code, source.key_code)
+    )
     # The same sort as in `bucket_orders`: inside one jit, XLA does it once.
-    time, _ = merge_buckets(*codes, segment_ids)
+    time, _ = merge_buckets(query_code, key_code, segment_ids)
     is_key = (time % 2 == 0).reshape(-1)
     position = (time // 2 + row_begin).reshape(-1)
     keys_before = jnp.cumsum(is_key.astype(jnp.int32)) - is_key

@@ -154,8 +154,9 @@ def tiled(shape, dtype):
     for swizzle in (128, 64, 32):
         columns = swizzle // jnp.dtype(dtype).itemsize
         if shape[-1] % columns == 0:
-            transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-            return plgpu.SMEM(shape, dtype, transforms=transforms)
+            tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+            swizzling = plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+            return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
     raise ValueError(f"the last axis of {shape} is not a multiple of 32 bytes")
 
 

@@ -33,6 +33,12 @@ def block_of(num_parts: int, keys: int, features: int, width: int) -> int | None
     return None
 
 
+def _block(*sizes: int) -> int:
+    block = block_of(*sizes)
+    assert block is not None, "the entry point asks `block_of` first"
+    return block
+
+
 def _forward(kinds, scale, q, k, v, rows, columns):
     heads, num_chunks = q.shape[:2]
     width = v.shape[-1]
@@ -42,7 +48,7 @@ def _forward(kinds, scale, q, k, v, rows, columns):
         bb.parts(bb.pad_values(v)),
     )
     rows, columns = bb.stack(rows, NO_QUERY, bb.ROWS), bb.stack(columns, NO_KEY, k.shape[3])
-    num_parts, width_of_block = q.shape[0], block_of(q.shape[0], k.shape[3], q.shape[-1], v.shape[-1])
+    num_parts, width_of_block = q.shape[0], _block(q.shape[0], k.shape[3], q.shape[-1], v.shape[-1])
     keys = k.shape[3]
 
     def body(q_ref, k_ref, v_ref, rows_ref, columns_ref, out_ref, lse_ref,
@@ -116,7 +122,7 @@ def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
 
 def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
     num_parts, heads, num_chunks, keys = k.shape[:4]
-    width_of_block = block_of(num_parts, keys, q.shape[-1], v.shape[-1])
+    width_of_block = _block(num_parts, keys, q.shape[-1], v.shape[-1])
     shape = (bb.ROWS, keys)
 
     def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, statistics_ref, d_q_ref,
@@ -165,7 +171,7 @@ def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
 
 def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
     num_parts, heads, num_chunks, keys = k.shape[:4]
-    width_of_block = block_of(num_parts, keys, q.shape[-1], v.shape[-1])
+    width_of_block = _block(num_parts, keys, q.shape[-1], v.shape[-1])
     shape = (bb.ROWS, bb.ROWS)
     num_blocks = v.shape[-1] // width_of_block
 
