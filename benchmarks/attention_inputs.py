@@ -51,10 +51,16 @@ def make(kind: str, shape: AttentionShape, seed: int) -> Inputs:
     # Scores: a share of noise, a slope over the position, and what the first key has beyond them. In
     # 'one_key' that keeps key selection from showing it.
     of_scores = {
-        "one_key": (1, 0, -1e3), "rising": (0, 1, 0), "falling": (0, -1, 0), "equal": (0, 0, 0),
+        "one_key": (1, 0, -1e3),
+        "rising": (0, 1, 0),
+        "falling": (0, -1, 0),
+        "equal": (0, 0, 0),
     }
     arrays = (
-        projection, basis, np.stack(moves.get(kind, (nothing,) * 3)), of_scores.get(kind, (1, 0, 0)),
+        projection,
+        basis,
+        np.stack(moves.get(kind, (nothing,) * 3)),
+        of_scores.get(kind, (1, 0, 0)),
     )
     return _make(jax.random.key(seed), *(jnp.asarray(x, jnp.float32) for x in arrays), shape)
 

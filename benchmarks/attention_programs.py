@@ -101,9 +101,7 @@ def program(contender: str, shape: AttentionShape, direction: str) -> Program:
         take: Callable[[Inputs], tuple] = lambda x: (x.q, x.k, x.v)  # noqa: E731
         out_dtype = jnp.dtype(jnp.bfloat16)
     else:
-        function = functools.partial(
-            sparse_module, size=shape.keys_per_source, implementation=contender
-        )
+        function = functools.partial(sparse_module, size=shape.keys_per_source, implementation=contender)
         take = lambda x: (x.q, x.k, x.v, x.scores, x.projection)  # noqa: E731
         out_dtype = jnp.dtype(jnp.float32)
     if direction == "forward":

@@ -24,7 +24,10 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "loss": "head_and_loss",
     "norm": "norms",
     "linear": (
-        ("key_scorer", "key_scorer"), ("hax", "hax_projection"), ("mlp", "mlp"), ("", "projections"),
+        ("key_scorer", "key_scorer"),
+        ("hax", "hax_projection"),
+        ("mlp", "mlp"),
+        ("", "projections"),
     ),
     "causal_conv1d": "convolution",
     "ssd": "scan",

@@ -31,13 +31,25 @@ class Record:
     """
 
     def __init__(
-        self, path: pathlib.Path, suite: str, *, add: bool = False, commit: str | None = None,
+        self,
+        path: pathlib.Path,
+        suite: str,
+        *,
+        add: bool = False,
+        commit: str | None = None,
         note: str | None = None,
     ):
         self.path, self._begin = path, time.perf_counter()
-        self.content: dict[str, Any] = read(path, suite) if add and path.exists() else {
-            "format_version": FORMAT_VERSION, "suite": suite, "sessions": [], "measurements": [],
-        }
+        self.content: dict[str, Any] = (
+            read(path, suite)
+            if add and path.exists()
+            else {
+                "format_version": FORMAT_VERSION,
+                "suite": suite,
+                "sessions": [],
+                "measurements": [],
+            }
+        )
         started = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
         self.session: dict[str, Any] = {"started": started, "seconds": 0.0, **describe()}
         if commit is not None:

@@ -75,7 +75,11 @@ def _mamba_ssm_selective_scan() -> Peer:
         return out, *torch.autograd.grad(out, (x, dt, A, B, C), dy)
 
     return Peer(
-        "mamba_ssm", prepare, forward, forward_backward, _wait_for_torch,
+        "mamba_ssm",
+        prepare,
+        forward,
+        forward_backward,
+        _wait_for_torch,
         lambda out: out.detach().float().transpose(1, 2).cpu().numpy(),
     )
 
@@ -101,7 +105,11 @@ def _mamba_ssm_ssd() -> Peer:
         return out, *torch.autograd.grad(out, (x, dt, A, B, C), dy)
 
     return Peer(
-        "mamba_ssm", prepare, forward, forward_backward, _wait_for_torch,
+        "mamba_ssm",
+        prepare,
+        forward,
+        forward_backward,
+        _wait_for_torch,
         lambda out: out.detach().float().cpu().numpy(),
     )
 
@@ -117,9 +125,12 @@ def _jla_mamba() -> Peer:
         return out, *pull(dy.astype(out.dtype))
 
     return Peer(
-        "jax_linear_attention", lambda *arrays: arrays,
-        jax.jit(lambda x, dt, A, B, C, dy: scan(x, dt, A, B, C)), jax.jit(forward_backward),
-        jax.block_until_ready, lambda out: np.asarray(out, np.float32),
+        "jax_linear_attention",
+        lambda *arrays: arrays,
+        jax.jit(lambda x, dt, A, B, C, dy: scan(x, dt, A, B, C)),
+        jax.jit(forward_backward),
+        jax.block_until_ready,
+        lambda out: np.asarray(out, np.float32),
     )
 
 

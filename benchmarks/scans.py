@@ -80,7 +80,10 @@ def _measure_shape(
     for who in wanted:
         identity = f"{op.name}/{shape.name}/{_name(who)}/{direction}"
         facts: dict[str, Any] = {
-            "op": op.name, "shape": shape.name, "contender": _name(who), "direction": direction,
+            "op": op.name,
+            "shape": shape.name,
+            "contender": _name(who),
+            "direction": direction,
         }
         try:
             measured, output = _measure(plan, op, shape, direction, who, inputs)
@@ -121,13 +124,22 @@ def _operations(tiny: bool) -> tuple[list[_Op], dict[str, str]]:
     absent |= {f"{name} (ssd)": why for name, why in ssd_absent.items()}
     operations = [
         _Op(
-            "selective_scan", _forms(SELECTIVE_SCAN_FORMS), scan_peers_there,
+            "selective_scan",
+            _forms(SELECTIVE_SCAN_FORMS),
+            scan_peers_there,
             specs.TINY_SELECTIVE_SCANS if tiny else specs.SELECTIVE_SCANS,
-            _selective_scan, _selective_scan_inputs, floors.selective_scan,
+            _selective_scan,
+            _selective_scan_inputs,
+            floors.selective_scan,
         ),
         _Op(
-            "ssd", _forms(SSD_FORMS), ssd_peers_there, specs.TINY_SSDS if tiny else specs.SSDS,
-            _ssd, _ssd_inputs, floors.ssd,
+            "ssd",
+            _forms(SSD_FORMS),
+            ssd_peers_there,
+            specs.TINY_SSDS if tiny else specs.SSDS,
+            _ssd,
+            _ssd_inputs,
+            floors.ssd,
         ),
     ]
     return operations, absent

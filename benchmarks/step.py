@@ -69,15 +69,11 @@ def main(given: argparse.Namespace, plan: timing.Plan, record: Callable[[], Reco
         ahead = compile_ahead.run(names, breakdown, _child_arguments(given), given.workers, deadline)
         # What is not in the cache now would take the time that the others need.
         names = tuple(name for name in names if name in ahead)
-    options = Options(
-        names, changes, given.label, given.steps, breakdown, given.seconds, tiny, plan
-    )
+    options = Options(names, changes, given.label, given.steps, breakdown, given.seconds, tiny, plan)
     run(record(), options, ahead, time.perf_counter() - started)
 
 
-def run(
-    record: Record, options: Options, ahead: dict[str, Any] | None = None, spent: float = 0.0
-) -> None:
+def run(record: Record, options: Options, ahead: dict[str, Any] | None = None, spent: float = 0.0) -> None:
     """Measures the ceilings and each config until the time is up; `spent` seconds are gone already."""
     record.note(seconds_before=spent, ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
     left_out = []

@@ -126,7 +126,8 @@ def breakdown_section(root: pathlib.Path) -> str | None:
         return None
     measured = Measured(path, "step")
     found = [
-        m for m in measured.by_id.values()
+        m
+        for m in measured.by_id.values()
         if "breakdown" in m and not m["breakdown"].get("command_buffers", True)
     ]
     lines: list[str] = []
@@ -152,9 +153,7 @@ def _attention(measured: Measured) -> list[str]:
     shapes = measured.shapes()
     lengths.sort(key=lambda name: shapes[name]["length"])
     lengths = [name for name in lengths if not name.startswith("joint_recall")]
-    ids = {
-        who: {name: f"{name}/random/{who}/forward_backward" for name in lengths} for who in CONTENDERS
-    }
+    ids = {who: {name: f"{name}/random/{who}/forward_backward" for name in lengths} for who in CONTENDERS}
     shown = [who for who in CONTENDERS if any(measured.seconds(i) for i in ids[who].values())]
     best = shown[0] if shown else "xla"
     names = (f"{CONTENDERS[who]}, ms" for who in shown)
@@ -163,16 +162,23 @@ def _attention(measured: Measured) -> list[str]:
     for name in lengths:
         mine = measured.by_id.get(ids[best][name], {})
         peak = (mine.get("memory", {}).get("program") or {}).get("peak")
-        lines.append(_row([
-            name,
-            *(_ms(measured.seconds(ids[who][name])) for who in shown),
-            _times(measured.ratio(ids["cudnn"][name], ids[best][name])),
-            "" if peak is None else f"{peak / 2**30:.2f}",
-            f"{100 * mine['share_of_floor']:.0f}%" if "share_of_floor" in mine else "",
-        ]))
+        lines.append(
+            _row(
+                [
+                    name,
+                    *(_ms(measured.seconds(ids[who][name])) for who in shown),
+                    _times(measured.ratio(ids["cudnn"][name], ids[best][name])),
+                    "" if peak is None else f"{peak / 2**30:.2f}",
+                    f"{100 * mine['share_of_floor']:.0f}%" if "share_of_floor" in mine else "",
+                ]
+            )
+        )
     return [
         "Sparse attention as a whole module (hashing, sorting, selection, attention), forward and backward, "
-        "one head of 64, bfloat16, 32 + 32 keys:", "", *lines, *_hurting(measured, best, lengths),
+        "one head of 64, bfloat16, 32 + 32 keys:",
+        "",
+        *lines,
+        *_hurting(measured, best, lengths),
         *_besides(measured, best),
     ]
 
@@ -218,7 +224,14 @@ def _besides(measured: Measured, best: str) -> list[str]:
 
 def _step(measured: Measured) -> list[str]:
     head = [
-        "config", "ms a step", "floor", "tokens/s", "positions/s", "peak GiB", "kernels", "busy",
+        "config",
+        "ms a step",
+        "floor",
+        "tokens/s",
+        "positions/s",
+        "peak GiB",
+        "kernels",
+        "busy",
         "first step, s",
     ]
     lines = [_row(head), _row(["---"] * len(head))]
@@ -228,13 +241,21 @@ def _step(measured: Measured) -> list[str]:
             continue
         program, traced, first = m["memory"]["program"], m["trace"], m["first_step"]
         cold = first.get("without_cache", {}).get("total")
-        lines.append(_row([
-            f"`{m['id']}`", _ms(m["time"]["seconds"]), _ms(m["floor"]["total"]["seconds"]),
-            f"{m['tokens_per_s'] / 1e6:.1f}M", f"{m['positions_per_s'] / 1e6:.1f}M",
-            f"{program['peak'] / 2**30:.2f}" if program else "", f"{traced['kernels_per_call']:.0f}",
-            f"{100 * traced['busy_share']:.0f}%" if traced["busy_share"] else "",
-            f"{first['total']:.1f}" + (f" ({cold:.0f} uncached)" if cold else ""),
-        ]))
+        lines.append(
+            _row(
+                [
+                    f"`{m['id']}`",
+                    _ms(m["time"]["seconds"]),
+                    _ms(m["floor"]["total"]["seconds"]),
+                    f"{m['tokens_per_s'] / 1e6:.1f}M",
+                    f"{m['positions_per_s'] / 1e6:.1f}M",
+                    f"{program['peak'] / 2**30:.2f}" if program else "",
+                    f"{traced['kernels_per_call']:.0f}",
+                    f"{100 * traced['busy_share']:.0f}%" if traced["busy_share"] else "",
+                    f"{first['total']:.1f}" + (f" ({cold:.0f} uncached)" if cold else ""),
+                ]
+            )
+        )
     return ["A training step, 64 items of joint recall, forward, backward and AdamW:", "", *lines]
 
 

@@ -83,13 +83,16 @@ def _flag_values(argv: Sequence[str]) -> flags.FlagValues:
         "workdir", None, "folder for checkpoints and metrics; default runs/NAME", flag_values=values
     )
     flags.DEFINE_string(
-        "compilation_cache", None,
+        "compilation_cache",
+        None,
         "folder for compiled programs, or off; default $JAX_COMPILATION_CACHE_DIR, or hax_jax/compiled in "
         "the user's cache folder",
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "distributed", False, "one of several processes that train together; see docs/scaling.md",
+        "distributed",
+        False,
+        "one of several processes that train together; see docs/scaling.md",
         flag_values=values,
     )
     return values

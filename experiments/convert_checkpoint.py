@@ -59,9 +59,7 @@ def _parser() -> results.Parser:
     parser.add_argument(
         "--entry", default="", help="of a .pt file: which dict of tensors, if there are several"
     )
-    parser.add_argument(
-        "--prefix", default="", help="what precedes a name in the file, such as backbone."
-    )
+    parser.add_argument("--prefix", default="", help="what precedes a name in the file, such as backbone.")
     parser.add_argument("--round", action="store_true", help="allow a narrower dtype to round the weights")
     return parser
 

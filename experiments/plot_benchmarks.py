@@ -77,7 +77,9 @@ def draw(measured: Measured, out: pathlib.Path) -> None:
         raise ConfigError("benchmark", "one with times on random inputs", str(out), "measure some")
     # The same result gives the same file, byte for byte, and text stays text.
     settings = {
-        "svg.hashsalt": "hax_jax", "svg.fonttype": "none", "font.size": 10,
+        "svg.hashsalt": "hax_jax",
+        "svg.fonttype": "none",
+        "font.size": 10,
         "font.sans-serif": ["DejaVu Sans", "Arial"],
     }
     with matplotlib.rc_context(settings):
