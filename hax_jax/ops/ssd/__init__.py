@@ -50,7 +50,7 @@ def ssd(
 
     Source: Mamba-2 (arXiv 2405.21060), section 6. Memory grows as b t h (p + chunk_size + p n / chunk_size).
     """
-    # None stays with XLA until a GPU has seen the kernels' last change, to how ragged rows are written, green.
+    # None stays with XLA until the kernels' last change, to how ragged rows are written, is green on a GPU.
     function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS)
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     dispatch.check_shape("ssd", "dt", dt.shape, (b, t, h), "b, t, h")
