@@ -40,6 +40,11 @@ def make_segments(generator: np.random.Generator, batch: int, length: int) -> ja
     return jnp.asarray((ids * 7) % 1009 - 5, jnp.int32)
 
 
+def poison_memory() -> None:
+    """Leaves NaN in the memory that the next arrays will be placed in."""
+    jax.block_until_ready([jnp.full(2**26, jnp.nan) for _ in range(8)])
+
+
 def relative_error(got: jax.Array, want: jax.Array) -> float:
     """Root-mean-square of the difference over that of what is wanted; NaN if anything is NaN."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))

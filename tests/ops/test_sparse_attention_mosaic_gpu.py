@@ -12,7 +12,15 @@ from hax_jax import ops
 from hax_jax.ops.sparse_attention import chunks, mosaic_gpu
 from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks, dense
 from tests.ops import mosaic_interpreter
-from tests.ops.cases import assert_close, make_segments, normal, relative_error, rng, with_gradients
+from tests.ops.cases import (
+    assert_close,
+    make_segments,
+    normal,
+    poison_memory,
+    relative_error,
+    rng,
+    with_gradients,
+)
 from tests.ops.test_sparse_attention import BATCH, SOURCES, make_key_set, run
 
 
@@ -133,14 +141,6 @@ def test_calls_that_the_kernels_cannot_run(monkeypatch):
         call(*inputs[:2], inputs[2].astype(jnp.bfloat16), key_set)
     with pytest.raises(ValueError, match="at most 128 features, got 200"):
         call(*make_inputs(length, 1, 200, 12, "float32"), key_set)
-
-
-# ------------------------------------------------------------------------------------------------ on a GPU
-
-
-def poison_memory():
-    """Leaves NaN in the memory that the allocator hands out next."""
-    jax.block_until_ready([jnp.full((1 << 26,), jnp.nan) for _ in range(8)])
 
 
 GPU_CASES = [

@@ -16,6 +16,7 @@ from tests.ops.cases import (
     assert_close,
     make_segments,
     normal,
+    poison_memory,
     relative_error,
     rng,
     with_gradients,
@@ -119,11 +120,6 @@ def test_without_a_gpu_the_named_form_raises():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="'mosaic_gpu' here: needs an NVIDIA Hopper GPU, got platform 'cpu'"):
         ops.ssd(**make_inputs(1, 8, 4, 16, 1, 16), implementation="mosaic_gpu")
-
-
-def poison_memory() -> None:
-    """Leaves NaN in the memory that the next arrays will be placed in."""
-    jax.block_until_ready([jnp.full(2**26, jnp.nan) for _ in range(8)])
 
 
 @pytest.mark.gpu
