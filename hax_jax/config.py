@@ -12,15 +12,7 @@ from typing import Any
 
 from hax_jax.fields import Checked, ConfigError, as_numbers, choice, flag, integer, number, numbers, text
 
-SOURCES = (
-    "full",
-    "sliding_window",
-    "sink",
-    "dilated",
-    "sign_bin_lsh",
-    "argmax_lsh",
-    "key_selection",
-)
+SOURCES = ("full", "sliding_window", "sink", "dilated", "sign_bin_lsh", "argmax_lsh", "key_selection")
 # The task's pad; its other token ids are laid out in `hax_jax.data`.
 PAD_TOKEN = 3
 

@@ -18,6 +18,12 @@ class AdamWState(NamedTuple):
     mu: Any
     nu: Any
 
+    @classmethod
+    def begin(cls, params: Any) -> "AdamWState":
+        """The state before the first update."""
+        zeros = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return cls(jnp.zeros((), jnp.int32), *zeros)
+
 
 def learning_rate_schedule(training: TrainingConfig, peak: Any = None) -> optax.Schedule:
     """Learning rate by number of updates already made: linear warm-up from 0, then constant or a decay.
@@ -77,13 +83,6 @@ def make_optimizer(training: TrainingConfig, peak: Any = None) -> optax.Gradient
     b1, b2, eps = training.adam_b1, training.adam_b2, training.adam_eps
     log_b1, log_b2 = (math.log(b) if b > 0 else -math.inf for b in (b1, b2))
 
-    def init(params):
-        return AdamWState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, params),
-            nu=jax.tree.map(jnp.zeros_like, params),
-        )
-
     @jax.named_scope("optimizer")
     def update(grads, state, params=None):
         if params is None:
@@ -113,7 +112,7 @@ def make_optimizer(training: TrainingConfig, peak: Any = None) -> optax.Gradient
         narrow = lambda moments: jax.tree.map(lambda x, p: x.astype(p.dtype), moments, params)  # noqa: E731
         return updates, AdamWState(state.count + 1, narrow(mu), narrow(nu))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(AdamWState.begin, update)
 
 
 def _round_to(dtype: Any, x: jax.Array) -> jax.Array:
