@@ -34,7 +34,8 @@ def pad_time(x: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> ja
 def bfloat16_parts(x: jax.Array, count: int) -> jax.Array:
     """Splits float32 x into `count` bfloat16 arrays (count, ...) whose sum it is; three hold all 24 bits.
 
-    What a kernel multiplies exactly on matrix units that take bfloat16. Not for use inside a kernel.
+    What a kernel multiplies exactly on matrix units that take bfloat16. For use outside a kernel, as `split`
+    is for use inside.
     """
     if count == 1:
         return x.astype(jnp.bfloat16)[None]
@@ -45,3 +46,13 @@ def bfloat16_parts(x: jax.Array, count: int) -> jax.Array:
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
     return jnp.stack(parts)
+
+
+def split(x: jax.Array, count: int) -> list[jax.Array]:
+    """As `bfloat16_parts`, as a list; for use inside a kernel, where a cast is a cast."""
+    parts: list[jax.Array] = []
+    for _ in range(count):
+        if parts:
+            x = x - parts[-1].astype(jnp.float32)
+        parts.append(x.astype(jnp.bfloat16))
+    return parts

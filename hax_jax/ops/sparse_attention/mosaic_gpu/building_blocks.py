@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hax_jax.ops.numerics import bfloat16_parts
+from hax_jax.ops.numerics import bfloat16_parts, split
 from hax_jax.ops.sparse_attention.chunks import visible
 
 # How tests on a CPU run the kernels: Pallas' interpreter's settings, or None to compile them.
@@ -47,13 +47,9 @@ def product(a_sm, b_sm, shape, meanwhile=None):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def product_from_registers(a, b_sm, shape, dtype, parts):
+def product_from_registers(a, b_sm, shape, parts):
     """a b with float32 a in registers, split there, and b (parts, rows, features) in shared memory."""
-    pieces, rest = [], a
-    for _ in range(parts):
-        piece = rest.astype(dtype)
-        pieces.append(piece)
-        rest = rest - piece.astype(jnp.float32)
+    pieces = split(a, parts)
 
     def multiply(acc_ref):
         for a_part, b_part in _pairs(parts):
@@ -63,13 +59,13 @@ def product_from_registers(a, b_sm, shape, dtype, parts):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def add_product_from_registers(total, a, b_sm, dtype, parts):
+def add_product_from_registers(total, a, b_sm, parts):
     """total + a b, as `product_from_registers` has a and b."""
     # The matrix unit cuts low bits off long sums: what float32 inputs gain by their parts it would lose here.
     # And Pallas' interpreter has no accumulators that begin with a value.
     if parts > 1 or interpret is not None:
-        return total + product_from_registers(a, b_sm, total.shape, dtype, parts)
-    a = a.astype(dtype)
+        return total + product_from_registers(a, b_sm, total.shape, parts)
+    a = a.astype(jnp.bfloat16)
 
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b_sm.at[0])

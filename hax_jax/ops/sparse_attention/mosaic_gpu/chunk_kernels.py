@@ -70,7 +70,7 @@ def _forward(kinds, scale, q, k, v, rows, columns):
         highest = jnp.where(highest == -jnp.inf, 0.0, highest)
         weights = jnp.exp2(scores - bb.down(highest, (bb.ROWS, keys)))
         total = weights.sum(axis=1)
-        out = bb.product_from_registers(weights, v_sm, (bb.ROWS, width_of_block), v.dtype, num_parts)
+        out = bb.product_from_registers(weights, v_sm, (bb.ROWS, width_of_block), num_parts)
         seen = total > 0.0
         safe = jnp.where(seen, total, 1.0)
         out_sm[...] = out * bb.down(1.0 / safe, (bb.ROWS, width_of_block))
@@ -147,7 +147,7 @@ def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
         visible = bb.mask(kinds, row_integers, bb.load_columns(columns_sm, columns.shape[1]), shape, False)
         weights = jnp.exp2(jnp.where(visible, scores * (scale * LOG2E) - bb.down(lse, shape), -jnp.inf))
         d_scores = jnp.where(visible, weights * (d_weights - bb.down(delta, shape)) * scale, 0.0)
-        d_q_sm[...] = bb.product_from_registers(d_scores, k_sm, (bb.ROWS, q.shape[-1]), q.dtype, num_parts)
+        d_q_sm[...] = bb.product_from_registers(d_scores, k_sm, (bb.ROWS, q.shape[-1]), num_parts)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(d_q_sm, d_q_ref.at[head, chunk])
         plgpu.wait_smem_to_gmem(0)
@@ -201,7 +201,7 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
         lse, delta = (bb.across(bb.load(statistics_sm.at[x], bb.ALONG_COLUMNS), shape) for x in range(2))
         weights = jnp.exp2(jnp.where(visible, scores * (scale * LOG2E) - lse, -jnp.inf))
         d_scores = jnp.where(visible, weights * (d_weights - delta) * scale, 0.0)
-        d_k_sm[...] = bb.product_from_registers(d_scores, q_sm, (bb.ROWS, q.shape[-1]), q.dtype, num_parts)
+        d_k_sm[...] = bb.product_from_registers(d_scores, q_sm, (bb.ROWS, q.shape[-1]), num_parts)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(d_k_sm, d_k_ref.at[head, chunk, here])
 
@@ -213,9 +213,7 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
                 bb.copy_parts(v_ref, (head, chunk, here, values), v_sm, values_arrived)
                 plgpu.barrier_wait(values_arrived)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            d_v_sm[...] = bb.product_from_registers(
-                weights, d_out_sm, (bb.ROWS, width_of_block), v.dtype, num_parts
-            )
+            d_v_sm[...] = bb.product_from_registers(weights, d_out_sm, (bb.ROWS, width_of_block), num_parts)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(d_v_sm, d_v_ref.at[head, chunk, here, values])
             return last

@@ -161,7 +161,7 @@ def _add_tile(carry, scores, tile_highest, v_sm, num_parts):
     weights = jnp.exp2(scores - bb.down(reference, SHAPE))
     total = total * decay + weights.sum(axis=1)
     out = out * bb.down(decay, out.shape)
-    out = bb.add_product_from_registers(out, weights, v_sm, jnp.bfloat16, num_parts)
+    out = bb.add_product_from_registers(out, weights, v_sm, num_parts)
     return out, new_highest, total
 
 
@@ -206,7 +206,7 @@ def query_gradient(form: Form, q, k, v, d_out, rows, columns, lse, delta, first_
             exponents = scores * (form.scale * LOG2E) - bb.down(lse, SHAPE)
             weights = jnp.exp2(jnp.where(visible, exponents, -jnp.inf))
             d_scores = jnp.where(visible, weights * (d_weights - bb.down(delta, SHAPE)), 0.0)
-            return bb.add_product_from_registers(d_q, d_scores, k_sm.at[slot], jnp.bfloat16, num_parts)
+            return bb.add_product_from_registers(d_q, d_scores, k_sm.at[slot], num_parts)
 
         d_q = _walk(form.slots, count, following, fetch, step, bb.zeros((bb.ROWS, features)), begin)
         d_q_sm[...] = (d_q * form.scale).astype(d_q_sm.dtype)
@@ -275,10 +275,10 @@ def key_gradients(form: Form, q, k, v, d_out, rows, columns, lse, delta, last_qu
                 bb.across(bb.load(ref.at[slot], bb.ALONG_COLUMNS), SHAPE) for ref in (lse_sm, delta_sm)
             )
             weights = jnp.exp2(jnp.where(visible, scores * (form.scale * LOG2E) - lse, -jnp.inf))
-            d_v = bb.add_product_from_registers(d_v, weights, d_out_sm.at[slot], jnp.bfloat16, num_parts)
+            d_v = bb.add_product_from_registers(d_v, weights, d_out_sm.at[slot], num_parts)
             d_weights = bb.product(v_sm, d_out_sm.at[slot], SHAPE)
             d_scores = jnp.where(visible, weights * (d_weights - delta), 0.0)
-            d_k = bb.add_product_from_registers(d_k, d_scores, q_sm.at[slot], jnp.bfloat16, num_parts)
+            d_k = bb.add_product_from_registers(d_k, d_scores, q_sm.at[slot], num_parts)
             return d_k, d_v
 
         empty = (bb.zeros((bb.ROWS, features)), bb.zeros((bb.ROWS, width)))

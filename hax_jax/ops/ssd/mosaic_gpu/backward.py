@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hax_jax.ops.numerics import split
 from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     CHUNK,
     COLUMN,
@@ -20,7 +21,6 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     load,
     load_planes,
     params,
-    split,
     tile,
     visible,
 )

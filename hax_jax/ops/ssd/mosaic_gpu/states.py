@@ -6,7 +6,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, ROW, Tiles, down, load, load_planes, params, split, tile
+from hax_jax.ops.numerics import split
+from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, ROW, Tiles, down, load, load_planes, params, tile
 
 # Chunks whose states one program of `carry_states` has in flight.
 _AT_ONCE = 8

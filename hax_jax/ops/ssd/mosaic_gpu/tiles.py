@@ -164,16 +164,6 @@ def visible(run_ref, *, transposed: bool = False):
     return causal & (down(load(run_ref, ROW), shape) == across(load(run_ref, COLUMN), shape))
 
 
-def split(value, planes: int):
-    """bfloat16 arrays whose sum is `value`, to 8 bits a plane; inside a kernel, where a cast is a cast."""
-    parts = []
-    for plane in range(planes):
-        parts.append(value.astype(jnp.bfloat16))
-        if plane + 1 < planes:
-            value = value - parts[-1].astype(jnp.float32)
-    return parts
-
-
 def params():
     # Every layout is written down: inferring them takes unbounded time in kernels with this many products.
     semantics = plgpu.LoweringSemantics.Lane
