@@ -49,6 +49,18 @@ def missing_for_mosaic_gpu() -> str | None:
     return None
 
 
+def check_mosaic_gpu(op: str, why_not: str | None, *, interpreted: bool = False) -> None:
+    """Raises ValueError where 'mosaic_gpu' was asked for and cannot run the call.
+
+    Args:
+      op: the op's name, for the message.
+      why_not: why the kernels cannot run the call, None if they can.
+      interpreted: whether they run in Pallas' interpreter, on whatever device there is.
+    """
+    if reason := why_not or (None if interpreted else missing_for_mosaic_gpu()):
+        raise ValueError(f"`implementation` of {op} cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
+
+
 def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[int, ...], legend: str) -> None:
     """Raises ValueError where a shape is not the expected one; `legend` names its letters."""
     if got != expected:

@@ -30,8 +30,7 @@ def why_not(shape) -> str | None:
 
 def check(op: str) -> None:
     """Raises ValueError where the kernel cannot run."""
-    if interpret is None and (reason := dispatch.missing_for_mosaic_gpu()):
-        raise ValueError(f"`implementation` of {op} cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
+    dispatch.check_mosaic_gpu(op, None, interpreted=interpret is not None)
 
 
 def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past_only=False):

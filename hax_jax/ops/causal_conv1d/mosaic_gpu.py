@@ -38,10 +38,7 @@ class Tiles:
 
 def causal_conv1d(x, weight, bias, segment_ids):
     """`ops.causal_conv1d` on a Hopper GPU."""
-    if reason := why_not(x, weight) or dispatch.missing_for_mosaic_gpu():
-        raise ValueError(
-            f"`implementation` of causal_conv1d cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
-        )
+    dispatch.check_mosaic_gpu("causal_conv1d", why_not(x, weight))
     return conv_in_tiles(x, weight, bias, segment_ids, Tiles())
 
 

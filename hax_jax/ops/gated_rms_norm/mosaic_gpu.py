@@ -23,10 +23,7 @@ LAYOUT = plgpu.Layout.WGMMA
 
 def gated_rms_norm(x, gate, weight, eps):
     """`ops.gated_rms_norm` on a Hopper GPU."""
-    if reason := why_not(x, gate, weight) or dispatch.missing_for_mosaic_gpu():
-        raise ValueError(
-            f"`implementation` of gated_rms_norm cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
-        )
+    dispatch.check_mosaic_gpu("gated_rms_norm", why_not(x, gate, weight))
     return norm_in_tiles(x, gate, weight, eps)
 
 

@@ -89,10 +89,7 @@ def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Arra
 def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus):
     """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
     del chunk_size
-    if reason := why_not(x, dt, A, B, C) or dispatch.missing_for_mosaic_gpu():
-        raise ValueError(
-            f"`implementation` of selective_scan cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
-        )
+    dispatch.check_mosaic_gpu("selective_scan", why_not(x, dt, A, B, C))
     # A tile's states have to fit into the registers.
     tiles = Tiles() if A.shape[1] <= 16 else Tiles(steps=8)
     return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus, tiles)

@@ -23,11 +23,8 @@ MIN_LENGTH_OF_CHUNKS = 4096
 
 def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
     """The contract of the op, on a Hopper GPU."""
-    missing = None if building_blocks.interpret is not None else dispatch.missing_for_mosaic_gpu()
-    if reason := why_not(q, k, v) or missing:
-        raise ValueError(
-            f"`implementation` of sparse_attention cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'"
-        )
+    interpreted = building_blocks.interpret is not None
+    dispatch.check_mosaic_gpu("sparse_attention", why_not(q, k, v), interpreted=interpreted)
     arguments = (q, k, v, key_set, segment_ids, scale, uniform_empty_rows)
     if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(q, v, key_set):
         return chunks.sparse_attention(*arguments, tile=TILE)

@@ -18,8 +18,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, LOG2E, Tiles, choose_tiles, 
 
 def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     """`ops.ssd`; the kernels' chunks have 64 positions whatever `chunk_size` says."""
-    if reason := why_not(x, A, B, C) or dispatch.missing_for_mosaic_gpu():
-        raise ValueError(f"`implementation` of ssd cannot be 'mosaic_gpu' here: {reason}; use None or 'xla'")
+    dispatch.check_mosaic_gpu("ssd", why_not(x, A, B, C))
     return ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, choose_tiles(x, B))
 
 
