@@ -30,6 +30,7 @@ class ModelConfig(Checked):
     fixed hash projection, padding without effect) or 'parity' (the original's behaviour, faults
     included). `precision` is 'default' (float32 parameters and recurrences, bfloat16 matmul inputs),
     'float32', 'bfloat16' (everything, as the original trains) or 'float64' (for checks; needs x64).
+    `implementation` is the form of every operation, or 'auto': each chooses (hax_jax/ops/README.md).
     """
 
     arch: str = choice("mamba2", ("mamba", "mamba2", "samba"))

@@ -30,7 +30,8 @@ def gated_rms_norm(
       x, gate: (..., d).
       weight: (d,).
       eps: added to the mean of the squares.
-      implementation: None, 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel for Hopper GPUs).
+      implementation: None, 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel for Hopper GPUs,
+        which None means on one such GPU where it can run the call).
 
     Returns:
       (..., d), at least float32.

@@ -35,7 +35,8 @@ def key_lifetimes(
       num_keys: k, at least 1.
       segment_ids: (b, t) int32; each segment has a running top-k of its own.
       implementation: None, 'reference' (compares all pairs), 'xla' (a sort, then log2(t) linear passes) or
-        'mosaic_gpu' (a kernel on Hopper GPUs and newer, which compares pairs in rows that are short enough).
+        'mosaic_gpu' (a kernel for Hopper GPUs, which compares pairs; rows beyond 4,096 and float64 as 'xla').
+        None means it for rows up to 4,096 on one such GPU, and 'xla' elsewhere.
 
     Returns:
       (b, t) int32 expiries; expiry_j <= j for a key that is never visible.

@@ -78,8 +78,9 @@ def bucket_orders(
     Args:
       query_code, key_code: (b, t) int32, of the same positions.
       segment_ids: (b, t) int32; buckets are counted anew in each segment.
-      implementation: None, 'reference' (compares all pairs), 'xla' (one sort) or 'mosaic_gpu' (a kernel on
-        Hopper GPUs and newer, which compares pairs in rows that are short enough).
+      implementation: None, 'reference' (compares all pairs), 'xla' (one sort) or 'mosaic_gpu' (a kernel for
+        Hopper GPUs, which compares pairs; rows beyond 4,096 as 'xla'). None means it for rows up to 4,096 on
+        one such GPU, and 'xla' elsewhere.
 
     Returns:
       count (b, t) and order (b, t), int32.

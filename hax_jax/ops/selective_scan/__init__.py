@@ -43,7 +43,7 @@ def selective_scan(
       softplus: take softplus(dt) for dt, which the kernels do without writing it to memory.
       chunk_size: positions held in memory at once by 'xla'.
       implementation: None, 'reference' (a step at a time), 'xla' (chunks of `lax.associative_scan`) or
-        'mosaic_gpu' (kernels for Hopper GPUs, which None means where they can run the call).
+        'mosaic_gpu' (kernels for Hopper GPUs, which None means on one such GPU where they can run the call).
 
     Returns:
       y (b, t, e) and the state after the last position (b, e, n), both at least float32.

@@ -1,4 +1,4 @@
-"""The recurrence as kernels for NVIDIA GPUs from Hopper on, through Pallas (Mosaic GPU), with its gradients.
+"""The recurrence as Mosaic GPU kernels, for NVIDIA GPUs of the Hopper generation, with its gradients.
 
 A row has too few channels to fill a GPU, so time is cut into chunks as well. One kernel finds what every
 chunk does to a state that enters it (its decay and the state it adds); the next one joins the chunks before

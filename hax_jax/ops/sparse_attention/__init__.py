@@ -58,9 +58,10 @@ def sparse_attention(
       scale: factor of the scores; None is 1 / sqrt(n).
       empty_rows: what a query without visible keys gets: 'zero', or 'uniform', the mean of v over all t
         positions (a fault of the original, for parity).
-      implementation: None (the best that can run the call), 'reference' (one t x t mask), 'xla' (any device)
-        or 'mosaic_gpu' (Hopper and newer; bfloat16 or float32, n up to 128). Matmul inputs keep the dtypes of
-        q, k and v; scores, softmax and sums are at least float32.
+      implementation: None, 'reference' (one t x t mask), 'xla' (any device) or 'mosaic_gpu' (kernels for
+        Hopper GPUs, bfloat16 or float32, n up to 128; None means them on one such GPU where they can run the
+        call).
+        Matmul inputs keep the dtypes of q, k and v; scores, softmax and sums are at least float32.
 
     Returns:
       (b, t, h, e), at least float32.

@@ -37,9 +37,9 @@ def ssd(
       initial_state: (b, h, p, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions multiplied as one tile by 'xla'.
-      implementation: None, 'reference' (a step at a time), 'xla' (chunked matrix products, with
-        `lax.associative_scan` between chunks) or 'mosaic_gpu' (kernels for Hopper GPUs). Matmul inputs keep
-        the dtype of x; decays, sums and states are at least float32.
+      implementation: None (which means 'xla'), 'reference' (a step at a time), 'xla' (chunked matrix
+        products, with `lax.associative_scan` between chunks) or 'mosaic_gpu' (kernels for Hopper GPUs).
+        Matmul inputs keep the dtype of x; decays, sums and states are at least float32.
 
     Returns:
       y (b, t, h, p) and the state after the last position (b, h, p, n), both at least float32.
