@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hax_jax.ops import dispatch, segments
+from hax_jax.ops.numerics import pad_time
 
 # How tests on a CPU run the kernel: Pallas' interpreter's settings, or None to compile it.
 interpret: Any = None
@@ -50,24 +51,11 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
     Returns:
       The state after all positions of the segment, (b, t) int32 each.
     """
-    batch, length = shape
     ids = segments.as_array(segment_ids, shape)
-    number = segments.numbers(ids)
-    blocks = -(-length // LANES)
-    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
-    begin = lax.cummax(jnp.where(segments.starts(ids), position, 0), axis=1)
-    after = jnp.pad(segments.starts(ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    end = lax.cummin(jnp.where(after, position + 1, length), axis=1, reverse=True)
-    last = jnp.minimum(jnp.arange(1, blocks + 1) * LANES, length) - 1
-    # The blocks that hold the segments of a block's positions.
-    bounds = jnp.stack([begin[:, ::LANES] // LANES, (end[:, last] - 1) // LANES], axis=2)
-
-    def cut(arrays):
-        padded = (jnp.pad(x, ((0, 0), (0, -length % LANES)), constant_values=-1) for x in arrays)
-        return jnp.stack([x.reshape(batch, blocks, LANES) for x in padded], axis=1)
-
-    own, others = cut((number, *own)), cut((number, *others))
-    num_own, num_others = own.shape[1], others.shape[1]
+    number, bounds = segments.numbers(ids), _bounds(ids)
+    own, others = _in_blocks((number, *own)), _in_blocks((number, *others))
+    batch, num_own, blocks, _ = own.shape
+    num_others = others.shape[1]
 
     def body(own_ref, others_ref, bounds_ref, out_ref, others_sm, arrived):
         row, block = lax.axis_index("row"), lax.axis_index("block")
@@ -104,10 +92,26 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
         **({} if interpret is None else {"interpret": interpret}),
     )
     out = kernel(own, others, bounds)
-    return tuple(out[:, x].reshape(batch, -1)[:, :length] for x in range(len(initial)))
+    return tuple(out[:, x].reshape(batch, -1)[:, : shape[1]] for x in range(len(initial)))
 
 
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+
+
+def _bounds(ids):
+    """(b, blocks, 2): the first and the last of the blocks that hold the segments of a block's positions."""
+    length = ids.shape[1]
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+    begin = lax.cummax(jnp.where(segments.starts(ids), position, 0), axis=1)
+    after = jnp.pad(segments.starts(ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    end = lax.cummin(jnp.where(after, position + 1, length), axis=1, reverse=True)
+    last = jnp.minimum(jnp.arange(1, -(-length // LANES) + 1) * LANES, length) - 1
+    return jnp.stack([begin[:, ::LANES] // LANES, (end[:, last] - 1) // LANES], axis=2)
+
+
+def _in_blocks(arrays):
+    """Integers (b, t) as (b, number, blocks, lanes), the end filled up."""
+    return jnp.stack([pad_time(x, LANES, value=-1).reshape(x.shape[0], -1, LANES) for x in arrays], axis=1)
 
 
 def _lanes(ref, index):
