@@ -7,9 +7,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from hax_jax.training.files import plain, write_atomically
+from hax_jax.training.processes import is_primary
 
 # Fields that differ between two runs of the same bits.
 TIMING_FIELDS = ("steps_per_s", "positions_per_s", "tokens_per_s", "seconds")
@@ -35,7 +34,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, step: int, last_valid: int, tensorboard: bool = False):
         path = workdir / "metrics.jsonl"
-        self._is_primary = jax.process_index() == 0
+        self._is_primary = is_primary()
         if not self._is_primary:
             path, tensorboard = pathlib.Path(os.devnull), False
         self.num_torn = _keep_lines_until(path, {"train": step, "valid": last_valid}) if path.is_file() else 0

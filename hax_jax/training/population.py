@@ -21,6 +21,7 @@ from hax_jax.training.evaluate import EvalResult
 from hax_jax.training.files import make_folders
 from hax_jax.training.loop import Best, Run
 from hax_jax.training.members import write_member
+from hax_jax.training.processes import is_primary
 from hax_jax.training.refused import Refusals
 from hax_jax.training.sharding import replicated
 from hax_jax.training.state import Purpose
@@ -172,7 +173,7 @@ class PopulationRun(Run):
         results = [self._result_of(index, tests[index]) for index in range(len(self.members))]
         for index, (member, ended) in enumerate(zip(self.members, results, strict=True)):
             # Of several processes the first writes, as everywhere.
-            if jax.process_index() == 0:
+            if is_primary():
                 write_member(self.folder.path, index, self.folder.path / MEMBERS / member.name, ended)
         result = _summary(self.members, results, self.step, refused)
         self.folder.finish(result)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from hax_jax.training.processes import is_primary
 
 # A bar is redrawn at most this often, in seconds.
 _REDRAW = 0.5
@@ -23,7 +23,7 @@ class Console:
     def __init__(self, stream: Any = None):
         self._stream = stream or sys.stdout
         self.is_terminal = self._stream.isatty()
-        self._silent = jax.process_index() != 0
+        self._silent = not is_primary()
         self._bar = ""
 
     def line(self, text: str) -> None:

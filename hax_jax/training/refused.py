@@ -10,6 +10,7 @@ import jax
 from hax_jax.config import Experiment
 from hax_jax.training.errors import NonFiniteError
 from hax_jax.training.files import write_json
+from hax_jax.training.processes import is_primary
 from hax_jax.training.state import BAD_PARTS, TrainState
 
 REPORT = "non_finite.json"
@@ -63,7 +64,7 @@ class Refusals:
             "items_there": {"split": "train", "first": bad_step * items, "count": items},
             "kept": kept,
         }
-        if jax.process_index() == 0:
+        if is_primary():
             write_json(self.workdir / REPORT, content)
         computed = ", ".join(f"{name} {value:g}" for name, value in values.items())
         return NonFiniteError(

@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.training.environment import Session
 from hax_jax.training.files import make_folders, write_json
+from hax_jax.training.processes import is_primary
 
 # Raised when an older program could no longer go on with, or read, what is stored in a workdir.
 FORMAT_VERSION = 1
@@ -71,7 +70,7 @@ class RunFolder:
         self.path = path
         self._settings: dict[str, Any] = {"module": module, "experiment": experiment.to_dict()}
         self._session = Session(path / "run.json", experiment.model if module is None else None)
-        self._is_primary = jax.process_index() == 0
+        self._is_primary = is_primary()
 
     def __enter__(self) -> "RunFolder":
         try:
