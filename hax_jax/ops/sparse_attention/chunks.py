@@ -6,7 +6,7 @@ backward pass computes the weights again from the joint log-sum-exp. A key has o
 carried ones; the carried gradients are added up in a fixed order.
 
 What happens inside a chunk is a `Tile`: dense algebra on the queries and keys of a chunk. Here it is XLA's;
-`mosaic_gpu.py` has a kernel.
+`mosaic_gpu/chunk_kernels.py` has kernels.
 """
 
 import functools
