@@ -25,7 +25,7 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
             array = jnp.pad(array, ((0, 0), (0, -length % chunk_size)), mode="edge")
         return pad_time(array, chunk_size).reshape(batch, -1, chunk_size, *shape)
 
-    x = chunks(x, groups, per_group, head_dim)
+    inputs, x = x, chunks(x, groups, per_group, head_dim)
     dt = chunks(dt.astype(dtype), groups, per_group)
     B, C = chunks(B, groups, state_size), chunks(C, groups, state_size)
     ids = chunks(ids, edge=True)
@@ -51,9 +51,10 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     from_before = einsum("bctgn,bcgrpn->bctgrp", C, before.astype(matmul_dtype))
     reach = jnp.where((ids == entering[:, :, None])[..., None, None], jnp.exp(log_decay), 0)
     y = y + from_before * reach[..., None]
+    y = y.reshape(batch, -1, heads, head_dim)[:, :length]
     if D is not None:
-        y = y + D.astype(dtype).reshape(groups, per_group, 1) * x
-    return y.reshape(batch, -1, heads, head_dim)[:, :length], final
+        y = y + D.astype(dtype)[:, None] * inputs
+    return y, final
 
 
 def _within_chunks(x, dt, B, C, log_decay, ids, matmul_dtype):
