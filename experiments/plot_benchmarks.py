@@ -16,11 +16,10 @@ from collections.abc import Sequence
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from experiments import results
+from experiments import figures
 from experiments.benchmark_tables import CONTENDERS, Measured
 from hax_jax.config import ConfigError
 
-FORMATS = (".svg", ".png", ".pdf")
 _STYLES = {
     "mosaic_gpu": {"color": "#b03a2e", "marker": "o", "linewidth": 1.8},
     "xla": {"color": "#d98880", "marker": "s", "linewidth": 1.4},
@@ -32,20 +31,9 @@ _STYLES = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line, program name first, and returns the exit status."""
-    parser = results.Parser(__doc__)
-    parser.add_argument("benchmark", type=pathlib.Path, metavar="ATTENTION.json")
-    parser.add_argument("--out", type=pathlib.Path, help="file of the figure; default ATTENTION.svg")
-    try:
-        options = parser.parse_args(argv[1:])
-        out = options.out or options.benchmark.with_suffix(".svg")
-        if out.suffix not in FORMATS:
-            raise ConfigError("--out", f"a file named {', '.join(FORMATS)}", str(out), "change its ending")
-        draw(Measured(options.benchmark, "attention"), out)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"figure: {out}")
-    return 0
+    return figures.run(
+        argv, __doc__, "ATTENTION", lambda source, out: draw(Measured(source, "attention"), out)
+    )
 
 
 def curves(measured: Measured) -> dict[str, list[tuple[int, float]]]:
@@ -65,25 +53,10 @@ def curves(measured: Measured) -> dict[str, list[tuple[int, float]]]:
 
 def draw(measured: Measured, out: pathlib.Path) -> None:
     """Writes the figure; raises ConfigError without matplotlib, data, or if `out` cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("matplotlib", "installed", None, 'pip install -e ".[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = curves(measured)
-    if not found:
-        raise ConfigError("benchmark", "one with times on random inputs", str(out), "measure some")
-    # The same result gives the same file, byte for byte, and text stays text.
-    settings = {
-        "svg.hashsalt": "hax_jax",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "font.sans-serif": ["DejaVu Sans", "Arial"],
-    }
-    with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    with figures.drawing(out, figsize=(7, 4.6), layout="constrained") as (_, axes):
+        found = curves(measured)
+        if not found:
+            raise ConfigError("benchmark", "one with times on random inputs", str(out), "measure some")
         for name, text in CONTENDERS.items():
             if name in found:
                 tokens, seconds = zip(*found[name], strict=True)
@@ -103,13 +76,6 @@ def draw(measured: Measured, out: pathlib.Path) -> None:
         axes.legend(frameon=False)
         device = measured.content["sessions"][-1]["device"]["kind"]
         axes.set_title(f"Sparse attention with 64 keys, one head of 64, bfloat16, {device}", fontsize=10)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-        except OSError as error:
-            raise ConfigError("--out", "a file that can be written", str(out), str(error.strerror)) from error
-        finally:
-            pyplot.close(figure)
 
 
 def _tokens(number: int) -> str:

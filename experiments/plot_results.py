@@ -17,62 +17,23 @@ from typing import Any
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from experiments import results
-from hax_jax.config import ConfigError
+from experiments import figures, results
 
-FORMATS = (".svg", ".png", ".pdf")
 TRAIN, VALID, REFERENCE = "#9db4c8", "#b03a2e", "#444444"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line, program name first, and returns the exit status."""
-    parser = results.Parser(__doc__)
-    parser.add_argument("result", type=pathlib.Path, metavar="RESULT.json")
-    parser.add_argument("--out", type=pathlib.Path, help="file of the figure; default RESULT.svg")
-    try:
-        options = parser.parse_args(argv[1:])
-        out = options.out or options.result.with_suffix(".svg")
-        if out.suffix not in FORMATS:
-            raise ConfigError("--out", f"a file named {', '.join(FORMATS)}", str(out), "change its ending")
-        draw(results.read(options.result), out)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"figure: {out}")
-    return 0
+    return figures.run(argv, __doc__, "RESULT", lambda source, out: draw(results.read(source), out))
 
 
 def draw(result: dict[str, Any], out: pathlib.Path) -> None:
     """Writes the figure of a result; raises ConfigError without matplotlib or if `out` cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("matplotlib", "installed", None, 'pip install -e ".[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # The same result gives the same file, byte for byte, and text stays text.
-    settings = {
-        "svg.hashsalt": "hax_jax",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        # A short list of fonts: an SVG file repeats it for each text.
-        "font.sans-serif": ["DejaVu Sans", "Arial"],
-    }
-    with matplotlib.rc_context(settings):
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=(1.15, 1)
-        )
+    layout = {"figsize": (10, 4.2), "layout": "constrained", "width_ratios": (1.15, 1)}
+    with figures.drawing(out, 1, 2, **layout) as (figure, (left, right)):
         _draw_curve(left, result)
         _draw_table(figure, right, result)
         figure.suptitle(title(result))
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-        except OSError as error:
-            raise ConfigError("--out", "a file that can be written", str(out), str(error.strerror)) from error
-        finally:
-            pyplot.close(figure)
 
 
 def reference_lines(result: dict[str, Any]) -> list[tuple[float, str]]:
