@@ -101,12 +101,9 @@ _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 def _bounds(ids):
     """(b, blocks, 2): the first and the last of the blocks that hold the segments of a block's positions."""
     length = ids.shape[1]
-    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-    begin = lax.cummax(jnp.where(segments.starts(ids), position, 0), axis=1)
-    after = jnp.pad(segments.starts(ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    end = lax.cummin(jnp.where(after, position + 1, length), axis=1, reverse=True)
     last = jnp.minimum(jnp.arange(1, -(-length // LANES) + 1) * LANES, length) - 1
-    return jnp.stack([begin[:, ::LANES] // LANES, (end[:, last] - 1) // LANES], axis=2)
+    first_block = segments.begins(ids)[:, ::LANES] // LANES
+    return jnp.stack([first_block, (segments.ends(ids)[:, last] - 1) // LANES], axis=2)
 
 
 def _in_blocks(arrays):

@@ -25,8 +25,19 @@ def numbers(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
 
 def positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Position of each token inside its segment, from 0."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    return index - lax.cummax(jnp.where(starts(segment_ids), index, 0), axis=1)
+    return _index(segment_ids) - begins(segment_ids)
+
+
+def begins(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The first position of each token's segment, in its row."""
+    return lax.cummax(jnp.where(starts(segment_ids), _index(segment_ids), 0), axis=1)
+
+
+def ends(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The position after the last one of each token's segment, in its row."""
+    changes = jnp.pad(starts(segment_ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    after = jnp.where(changes, _index(segment_ids) + 1, segment_ids.shape[1])
+    return lax.cummin(after, axis=1, reverse=True)
 
 
 def running_sum(x: Array, segment_ids: Int[Array, "b t"] | None) -> Array:
@@ -51,3 +62,7 @@ def running_sum(x: Array, segment_ids: Int[Array, "b t"] | None) -> Array:
 def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, ...]) -> jax.Array:
     """The ids, or one segment a row where there are none."""
     return jnp.zeros(shape, jnp.int32) if segment_ids is None else segment_ids
+
+
+def _index(segment_ids):
+    return jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]

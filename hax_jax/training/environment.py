@@ -119,9 +119,6 @@ def git(*arguments: str) -> str:
 
 
 def resolved_implementation(model: ModelConfig) -> str:
-    """The implementation that the model's ops resolve to, each as far as it has it for the call.
-
-    For 'auto' on one Hopper GPU that is 'mosaic_gpu', though the SSD and the convolution take 'xla' there.
-    """
+    """The implementation that the model's ops resolve to, each as far as it has it for the call."""
     name_of = {name: (lambda name=name: name) for name in dispatch.NAMES}
     return dispatch.resolve("all ops", model.op_implementation, name_of, dispatch.best(None))()

@@ -178,6 +178,25 @@ def test_pairs_and_tiles_say_the_same():
     assert pairs.any() and not pairs.all()
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+def test_hash_codes_are_sorted_once(segmented):
+    """The orders of `bucket_orders` and the plan of the attention come from one sort."""
+    shape = jax.ShapeDtypeStruct
+    x, codes = shape((1, 3000, 1, 8), jnp.float32), shape((1, 3000), jnp.int32)
+
+    def sorts(attend):
+        def function(x, codes, ids):
+            count, order = ops.bucket_orders(codes, codes, segment_ids=ids, implementation="xla")
+            key_set = ops.KeySet((ops.HashBuckets(4, codes, count, codes, order),))
+            out = ops.sparse_attention(x, x, x, key_set, segment_ids=ids, implementation="xla")
+            return (count, out) if attend else count
+
+        compiled = jax.jit(function).lower(x, codes, codes if segmented else None).compile()
+        return compiled.as_text().count(" sort(")
+
+    assert sorts(attend=True) == sorts(attend=False) > 0
+
+
 def test_xla_memory_is_linear_in_the_length():
     """Forward and backward over 16,384 keys: doubling the length may at most double the temporaries."""
 

@@ -31,8 +31,8 @@ def causal_conv1d(
       weight: (w, c); the last tap multiplies the current position.
       bias: (c,) or None.
       segment_ids: (b, t) int32; the filter never reaches across a boundary.
-      implementation: None (which means 'xla'), 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel
-        for Hopper GPUs).
+      implementation: None ('mosaic_gpu' where it can run, else 'xla'), 'reference', 'xla' or 'mosaic_gpu'
+        (the gradient as a kernel for Hopper GPUs).
 
     Returns:
       (b, t, c) in the dtype of x; products and sums are at least float32.
@@ -43,13 +43,12 @@ def causal_conv1d(
 
     Source: Mamba (arXiv 2312.00752), figure 3. Memory grows as b t c.
     """
-    # None stays with XLA: at 36 positions of 128 channels the kernel missed its tolerance on an H200, and
-    # what was changed for it, how the end of a ragged row is written, has not been run on a GPU.
-    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
     width, channels = weight.shape
     dispatch.check_shape("causal_conv1d", "weight", weight.shape, (width, x.shape[2]), "w, c")
     if bias is not None:
         dispatch.check_shape("causal_conv1d", "bias", bias.shape, (channels,), "c")
     if segment_ids is not None:
         dispatch.check_shape("causal_conv1d", "segment_ids", segment_ids.shape, x.shape[:2], "b, t")
+    preferred = dispatch.best(mosaic_gpu.why_not(x, weight))
+    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, preferred)
     return function(x, weight, bias, segment_ids)

@@ -8,7 +8,6 @@ the sequence (zeros first, order kept), and follow every prefix to the side wher
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hax_jax.ops import segments
 from hax_jax.ops.sorting import descending, stable_order
@@ -24,7 +23,7 @@ def key_lifetimes(scores, num_keys, segment_ids):
         number = segments.numbers(segment_ids)
         by_rank = stable_order(number, descending(scores))
         # Segments lie one after the other by rank as they do in time. Only better keys of the same one count.
-        first = lax.cummax(jnp.where(segments.starts(number), position, 0), axis=1)
+        first = segments.begins(number)
     expiry = jax.vmap(lambda p, low: _smallest_in_range(p, low, position[0], num_keys))(by_rank, first)
     expiry = jnp.where(position - first >= num_keys, expiry, length)
     row = jnp.arange(batch)[:, None]

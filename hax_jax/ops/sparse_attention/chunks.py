@@ -73,8 +73,8 @@ def can_plan(key_set: KeySet) -> bool:
 
 def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, *, tile):
     """The contract of the op, for a key set that `can_plan`."""
-    ids = segments.as_array(segment_ids, q.shape[:2])
-    out, seen = _attend(*map(_heads_first, (q, k, v)), key_set, ids, scale, tile)
+    heads_first = map(_heads_first, (q, k, v))
+    out, seen = _attend(*heads_first, key_set, segment_ids, q.shape[:2], scale, tile)
     out = _heads_last(out, q.shape[:3])
     if uniform_empty_rows:
         seen = _heads_last(seen[..., None], q.shape[:3])
@@ -98,13 +98,13 @@ def uniform_rows(q, k, v, scale):
     return mean_v[:, None] + linear - jax.lax.stop_gradient(linear)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, key_set, ids, scale, tile):
-    return _forward(q, k, v, key_set, ids, scale, tile)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, key_set, ids, shape, scale, tile):
+    return _forward(q, k, v, key_set, ids, shape, scale, tile)[0]
 
 
-def _forward(q, k, v, key_set, ids, scale, tile):
-    parts = [_Part(key_set, index, ids, tile.multiple) for index in range(len(key_set.sources))]
+def _forward(q, k, v, key_set, ids, shape, scale, tile):
+    parts = [_Part(key_set, index, ids, shape, tile.multiple) for index in range(len(key_set.sources))]
     results = []
     for part in parts:
         out, lse = tile.forward(
@@ -119,13 +119,13 @@ def _forward(q, k, v, key_set, ids, scale, tile):
     return (out, seen[..., 0]), (q, k, v, [(p.plan, p.rows, p.columns) for p in parts], key_set, out, lse)
 
 
-def _backward(scale, tile, saved, d_outputs):
+def _backward(shape, scale, tile, saved, d_outputs):
     q, k, v, laid_out, key_set, out, lse = saved
     d_out = d_outputs[0]
     delta = (out * d_out).sum(-1, keepdims=True)
     totals = [jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v)]
     for index in range(len(key_set.sources)):
-        part = _Part(key_set, index, None, tile.multiple, laid_out[index])
+        part = _Part(key_set, index, None, shape, tile.multiple, laid_out[index])
         d_q, d_k, d_v = tile.backward(
             part.kinds, scale, part.by_query(q), part.by_key(k), part.by_key(v), part.rows, part.columns,
             part.by_query(d_out.astype(v.dtype)), part.by_query(lse)[..., 0], part.by_query(delta)[..., 0],
@@ -143,21 +143,22 @@ _attend.defvjp(_forward, _backward)
 class _Part:
     """One source's plan, and the ways from positions to slots and back; positions are (h, N, ...)."""
 
-    def __init__(self, key_set, index, ids, multiple, laid_out=None):
+    def __init__(self, key_set, index, ids, shape, multiple, laid_out=None):
         sources = key_set.sources[: index + 1]
         # The rules without their arrays: they say what the kernel computes, so they are part of its type.
         self.kinds = jax.tree.map(lambda _: None, sources)
         if laid_out is not None:
             self.plan, self.rows, self.columns = laid_out
             return
-        self.plan = make_plan(sources[-1], ids, multiple)
-        position = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        segment = segments.numbers(ids)
+        self.plan = make_plan(sources[-1], ids, shape, multiple)
+        position = jnp.arange(shape[1], dtype=jnp.int32)
+        # Without ids every row is a segment.
+        segment = jnp.arange(shape[0], dtype=jnp.int32)[:, None] if ids is None else segments.numbers(ids)
         rows = (position, segment, *(x for source in sources for x in source.rows()))
         columns = (position, segment, *(x for source in sources for x in source.columns()))
 
         def at(table, integers, absent):
-            flat = (jnp.broadcast_to(x, ids.shape).reshape(-1) for x in integers)
+            flat = (jnp.broadcast_to(x, shape).reshape(-1) for x in integers)
             return tuple(
                 x.at[table].get(mode="fill", fill_value=absent if number == 0 else 0)
                 for number, x in enumerate(flat)

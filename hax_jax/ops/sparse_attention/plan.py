@@ -56,16 +56,22 @@ class Plan:
     first_carried: Int[Array, " N"]
 
 
-def make_plan(source: Any, segment_ids: Int[Array, "b t"], multiple: int = 1) -> Plan:
-    """Lays out the positions for one source of `PLANNED`, in chunks of a multiple of `multiple` keys."""
+def make_plan(
+    source: Any, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int], multiple: int = 1
+) -> Plan:
+    """Lays out the `shape` (b, t) of positions for one source of `PLANNED`.
+
+    Chunks hold a multiple of `multiple` keys. Without segment ids every row is one segment.
+    """
     if isinstance(source, HashBuckets):
-        return _plan_by_bucket(source, segment_ids, multiple)
-    shape = segment_ids.shape
+        return _plan_by_bucket(source, segment_ids, shape, multiple)
     num_positions = shape[0] * shape[1]
     position = jnp.arange(num_positions, dtype=jnp.int32)
-    first = segments.starts(segment_ids).at[:, 0].set(True).reshape(-1)
-    begin = lax.cummax(jnp.where(first, position, 0))
-    end = _segment_ends(first)
+    row_begin = shape[1] * jnp.arange(shape[0], dtype=jnp.int32)[:, None]
+    begin, end = (
+        (0, shape[1]) if segment_ids is None else (segments.begins(segment_ids), segments.ends(segment_ids))
+    )
+    begin, end = (jnp.broadcast_to(row_begin + x, shape).reshape(-1) for x in (begin, end))
     if isinstance(source, SlidingWindow):
         size, last_seen = source.size - 1, jnp.minimum(position + source.size, end)
         column = lambda key, chunk: key - chunk * CHUNK + size  # noqa: E731
@@ -73,7 +79,6 @@ def make_plan(source: Any, segment_ids: Int[Array, "b t"], multiple: int = 1) ->
         size, last_seen = source.size, jnp.where(position < begin + source.size, end, 0)
         column = lambda key, chunk: key - begin[key]  # noqa: E731
     elif isinstance(source, Lifetimes):
-        row_begin = shape[1] * jnp.arange(shape[0], dtype=jnp.int32)[:, None]
         expiry = (jnp.broadcast_to(source.expiry, shape) + row_begin).reshape(-1)
         size, last_seen = source.size, jnp.minimum(expiry, end)
         column = None
@@ -86,24 +91,13 @@ def make_plan(source: Any, segment_ids: Int[Array, "b t"], multiple: int = 1) ->
     return _finish(own, own, position, first_chunk, count, size, column, multiple)
 
 
-def _segment_ends(first):
-    """(N,) the position after the last one of each position's segment."""
-    num_positions = first.shape[0]
-    index = jnp.arange(num_positions, dtype=jnp.int32)
-    next_begin = jnp.where(first, index, num_positions)
-    following = jnp.pad(next_begin[1:], (0, 1), constant_values=num_positions)
-    return lax.cummin(following, reverse=True)
-
-
-def _plan_by_bucket(source, segment_ids, multiple):
+def _plan_by_bucket(source, segment_ids, shape, multiple):
     """Keys and queries in one order by bucket and time; the keys a query sees are the last before it."""
-    batch, length = segment_ids.shape
+    batch, length = shape
     num_positions = batch * length
     row_begin = length * jnp.arange(batch, dtype=jnp.int32)[:, None]
-    query_code, key_code = (
-        jnp.broadcast_to(x, segment_ids.shape) for x in (source.query_code, source.key_code)
-    )
-    # The same sort as in `bucket_orders`: inside one jit, XLA does it once.
+    query_code, key_code = (jnp.broadcast_to(x, shape) for x in (source.query_code, source.key_code))
+    # The sort that `bucket_orders` makes of the same arguments: inside one jit, XLA does it once.
     time, _ = merge_buckets(query_code, key_code, segment_ids)
     is_key = (time % 2 == 0).reshape(-1)
     position = (time // 2 + row_begin).reshape(-1)

@@ -37,8 +37,9 @@ def ssd(
       initial_state: (b, h, p, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions multiplied as one tile by 'xla'.
-      implementation: None (which means 'xla'), 'reference' (a step at a time), 'xla' (chunked matrix
-        products, with `lax.associative_scan` between chunks) or 'mosaic_gpu' (kernels for Hopper GPUs).
+      implementation: None ('mosaic_gpu' where it can run, else 'xla'), 'reference' (a step at a time), 'xla'
+        (chunked matrix products, with `lax.associative_scan` between chunks) or 'mosaic_gpu' (kernels for
+        Hopper GPUs).
         Matmul inputs keep the dtype of x; decays, sums and states are at least float32.
 
     Returns:
@@ -50,8 +51,6 @@ def ssd(
 
     Source: Mamba-2 (arXiv 2405.21060), section 6. Memory grows as b t h (p + chunk_size + p n / chunk_size).
     """
-    # None stays with XLA until the kernels' last change, to how ragged rows are written, is green on a GPU.
-    function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS)
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     dispatch.check_shape("ssd", "dt", dt.shape, (b, t, h), "b, t, h")
     dispatch.check_shape("ssd", "A", A.shape, (h,), "h")
@@ -65,4 +64,6 @@ def ssd(
         dispatch.check_shape("ssd", "initial_state", initial_state.shape, (b, h, p, n), "b, h, p, n")
     if segment_ids is not None:
         dispatch.check_shape("ssd", "segment_ids", segment_ids.shape, (b, t), "b, t")
+    preferred = dispatch.best(mosaic_gpu.why_not(x, A, B, C))
+    function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, preferred)
     return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
