@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hax_jax.config import DataConfig, Experiment
+from hax_jax.training import recall
 from hax_jax.training.sharding import put_batch, put_replicated, split_rows
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
@@ -31,6 +32,8 @@ class EvalResult:
       by_size: (max_n_context + 1, max_n_key + 1) accuracy of the sequences of each table size, NaN where
         there are none.
       items_by_size: the number of those sequences.
+      recall: shares of the scored queries that see their answer, by source and layer (see `recall`), means
+        over sequences in [0, 1]; empty for a model without a sparse branch.
     """
 
     loss: float
@@ -38,6 +41,11 @@ class EvalResult:
     num_items: int
     by_size: np.ndarray
     items_by_size: np.ndarray
+    recall: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        """Loss, accuracy and recall as a line of metrics holds them."""
+        return {"loss": self.loss, "accuracy": self.accuracy, **self.recall}
 
     def table(self) -> dict[str, Any]:
         """The scores by table size as plain lists, sizes without sequences left out."""
@@ -90,6 +98,7 @@ class Evaluator:
         num_members: int | None = None,
     ):
         self._split, self._purpose, self._batch_size, self._mesh = split, purpose, batch_size, mesh
+        self._structure = structure
         self._shape = (data.max_n_context + 1, data.max_n_key + 1)
         self._members = () if num_members is None else (num_members,)
         self._score = compiled or compiled_score(structure, population=num_members is not None)
@@ -110,6 +119,10 @@ class Evaluator:
         table = np.zeros((*self._members, *self._shape), np.float32)
         zero = np.zeros(self._members, np.float32)
         zeros = {"loss": zero, "num_scored": zero, "accuracy": table, "num_items": table}
+        seen = recall.measured(self._structure.merge(params, buffers))
+        if seen is not None:
+            zeros["recall"] = np.zeros((*self._members, *recall.shape(*seen)), np.float32)
+        sources = seen[1] if seen else ()
         # Every entry needs its own memory, because the totals are donated to each step.
         totals = put_replicated(self._mesh, {name: x.copy() for name, x in zeros.items()})
         purpose = put_replicated(self._mesh, np.int32(self._purpose))
@@ -122,8 +135,8 @@ class Evaluator:
                 return None
         sums = {name: np.asarray(x, np.float64) for name, x in jax.device_get(totals).items()}
         if not self._members:
-            return [_result(sums)]
-        return [_result({name: x[i] for name, x in sums.items()}) for i in range(self._members[0])]
+            return [_result(sums, sources)]
+        return [_result({name: x[i] for name, x in sums.items()}, sources) for i in range(self._members[0])]
 
     def _groups(self):
         """Pairs of the raw batches of a dispatch and the number of the first, both on the devices."""
@@ -195,7 +208,7 @@ def compiled_score(structure: ModelStructure, *, population: bool = False) -> Ca
     return jax.jit(score, donate_argnums=6)
 
 
-def _result(sums: dict[str, np.ndarray]) -> EvalResult:
+def _result(sums: dict[str, np.ndarray], sources: tuple[str, ...]) -> EvalResult:
     accuracy, items = sums["accuracy"], sums["num_items"]
     by_size = np.divide(accuracy, items, out=np.full(items.shape, np.nan), where=items > 0)
     return EvalResult(
@@ -204,6 +217,7 @@ def _result(sums: dict[str, np.ndarray]) -> EvalResult:
         num_items=int(items.sum()),
         by_size=by_size,
         items_by_size=items.astype(int),
+        recall=recall.named(sums["recall"] / max(items.sum(), 1.0), sources) if sources else {},
     )
 
 

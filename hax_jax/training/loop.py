@@ -244,7 +244,7 @@ class Run:
                 self.best.accuracy,
                 refused_updates=self.refusals.count,
             )
-        self.metrics.write(self.step, "test", {"loss": test.loss, "accuracy": test.accuracy})
+        self.metrics.write(self.step, "test", test.numbers())
         self.metrics.flush()
         result = RunResult(
             "finished",
@@ -332,9 +332,7 @@ class Run:
         seconds = time.perf_counter() - begin
         self.last_valid = self.step
         is_best = self.best.accuracy is None or scores.accuracy > self.best.accuracy
-        self.metrics.write(
-            self.step, "valid", {"loss": scores.loss, "accuracy": scores.accuracy, "seconds": seconds}
-        )
+        self.metrics.write(self.step, "valid", {**scores.numbers(), "seconds": seconds})
         self.console.line(
             f"step {self.step}/{self.training.num_steps}  validation loss {scores.loss:.4f}  "
             f"accuracy {100 * scores.accuracy:.2f}%{'  best so far' if is_best else ''}  ({seconds:.3g} s)"

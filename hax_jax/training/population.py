@@ -141,8 +141,8 @@ class PopulationRun(Run):
             improved[index] = best is None or accuracy > best
             if improved[index]:
                 self.best[index] = Best(self.step, accuracy)
-            values = {"loss": scores[index].loss, "accuracy": accuracy, "seconds": seconds}
-            self.metrics.write(self.step, "valid", {"member": index, **values})
+            values = {"member": index, **scores[index].numbers(), "seconds": seconds}
+            self.metrics.write(self.step, "valid", values)
         self.best_arrays = self.keep_best(self._put(improved), self._arrays(), self.best_arrays)
         found = [scores[index].accuracy for index in running]
         self.console.line(
@@ -167,8 +167,7 @@ class PopulationRun(Run):
             return RunResult("interrupted", self.step, refused_updates=refused)
         running = self._running()
         for index in running:
-            values = {"loss": tests[index].loss, "accuracy": tests[index].accuracy}
-            self.metrics.write(self.step, "test", {"member": index, **values})
+            self.metrics.write(self.step, "test", {"member": index, **tests[index].numbers()})
         self.metrics.flush()
         results = [self._result_of(index, tests[index]) for index in range(len(self.members))]
         for index, (member, ended) in enumerate(zip(self.members, results, strict=True)):

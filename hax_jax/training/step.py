@@ -13,6 +13,7 @@ from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
 from hax_jax.training.adapter import apply, logits_and_gate_loss
 from hax_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hax_jax.training.recall import visible_shares
 from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, TrainState, buffers_of
 
 Sums = dict[str, Any]
@@ -126,12 +127,13 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
 
     The totals stay on the device: `loss` (summed over scored positions), `num_scored`, and by n_context and
     n_key, (max_n_context + 1, max_n_key + 1) each, `accuracy` (summed over sequences) and `num_items`.
-    Filler rows add nothing.
+    Where they hold `recall`, the shares of `recall.visible_shares` are added to it. Filler rows add nothing.
     """
 
     def eval_step(params, buffers, key, batch, totals):
         model = structure.merge(params, buffers)
-        logits, _ = _at_scored(apply(model, batch, key, train=False), batch)
+        output = apply(model, batch, key, train=False)
+        logits, _ = _at_scored(output, batch)
         rows, columns = totals["num_items"].shape
         # Matmuls of 0/1 matrices, for sums in a fixed order; a scatter would add in any order on a GPU.
         by_context = jax.nn.one_hot(batch.n_context, rows, dtype=jnp.float32)
@@ -140,7 +142,10 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
         def table(values):
             return jnp.einsum("bc,b,bk->ck", by_context, values, by_key, precision=jax.lax.Precision.HIGHEST)
 
-        return {
+        seen = {}
+        if "recall" in totals:
+            seen["recall"] = totals["recall"] + visible_shares(model, output, batch)
+        return seen | {
             "loss": totals["loss"] + token_losses(logits, batch).sum(),
             "num_scored": totals["num_scored"] + _num_scored(batch, least=0.0),
             "accuracy": totals["accuracy"] + table(sequence_accuracy(logits, batch)),

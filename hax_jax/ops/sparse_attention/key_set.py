@@ -182,6 +182,12 @@ class KeySet:
             ),
         )
 
+    def places(self, row: Int[Array, "*#n"], i: Int[Array, "*#n"], j: Int[Array, "*#n"]) -> Bool[Array, "*n"]:
+        """Visibility of key position j to query position i of batch row `row`, element by element."""
+        row, i, j = jnp.broadcast_arrays(row, i, j)
+        take = lambda array, at: array.at[jnp.minimum(row, len(array) - 1), at].get(mode="clip")  # noqa: E731
+        return self._union(i, j, lambda array: take(array, i), lambda array: take(array, j))
+
     def _union(self, i, j, take_rows, take_columns):
         visible = [
             source.rule(
