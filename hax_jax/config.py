@@ -264,6 +264,8 @@ class TrainingConfig(Checked):
     # After the warm-up: constant, or a decay that reaches `final_learning_rate` at `num_steps`.
     schedule: str = choice("constant", ("constant", "cosine", "linear"))
     final_learning_rate: float = number(0.0, 0.0, 1e3)
+    # The last steps, those of the decay; 0: all after the warm-up.
+    decay_steps: int = integer(0, 0)
     weight_decay: float = number(0.01, 0.0, 1e3)
     adam_b1: float = number(0.9, 0.0, 0.9999999)
     adam_b2: float = number(0.999, 0.0, 0.9999999)
@@ -286,10 +288,10 @@ class TrainingConfig(Checked):
 
     def check_combinations(self) -> None:
         if self.schedule != "constant":
-            if self.warmup_steps >= self.num_steps:
+            if self.warmup_steps + max(self.decay_steps, 1) > self.num_steps:
                 raise ConfigError(
                     "training.warmup_steps",
-                    f"below training.num_steps={self.num_steps} for a decaying schedule",
+                    f"below training.num_steps={self.num_steps} less decay_steps for a decaying schedule",
                     self.warmup_steps,
                     "shorten the warm-up or use training.schedule='constant'",
                 )

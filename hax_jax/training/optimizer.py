@@ -29,11 +29,13 @@ def learning_rate_schedule(training: TrainingConfig, peak: Any = None) -> optax.
     """Learning rate by number of updates already made: linear warm-up from 0, then constant or a decay.
 
     rate(s) = min(1, s / warmup_steps) * decayed(s), where decayed(s) goes from `learning_rate` at
-    s = warmup_steps to `final_learning_rate` at s = num_steps along a line or half a cosine, or stays.
-    The first update of a warm-up therefore has rate 0, as in the original.
+    s = num_steps - decay_steps, or warmup_steps if decay_steps is 0, to `final_learning_rate` at
+    s = num_steps along a line or half a cosine, or stays. The first update of a warm-up therefore has rate 0,
+    as in the original.
 
     Args:
-      training: the settings `learning_rate`, `warmup_steps`, `schedule`, `final_learning_rate`, `num_steps`.
+      training: the settings `learning_rate`, `warmup_steps`, `schedule`, `final_learning_rate`,
+        `decay_steps`, `num_steps`.
       peak: () float32 in place of the setting `learning_rate`, for a program that serves several rates.
 
     Returns:
@@ -41,12 +43,13 @@ def learning_rate_schedule(training: TrainingConfig, peak: Any = None) -> optax.
     """
     peak = training.learning_rate if peak is None else peak
     floor, warmup = training.final_learning_rate, training.warmup_steps
-    decay_steps = max(training.num_steps - warmup, 1)
+    decay_steps = training.decay_steps or max(training.num_steps - warmup, 1)
+    begin = training.num_steps - decay_steps if training.decay_steps else warmup
 
     def schedule(count):
         step = jnp.asarray(count, jnp.float32)
         factor = jnp.minimum(1.0, step / warmup) if warmup else jnp.float32(1.0)
-        done = jnp.clip((step - warmup) / decay_steps, 0.0, 1.0)
+        done = jnp.clip((step - begin) / decay_steps, 0.0, 1.0)
         if training.schedule == "linear":
             rate = peak + (floor - peak) * done
         elif training.schedule == "cosine":

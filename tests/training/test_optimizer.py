@@ -131,6 +131,10 @@ def test_bfloat16_second_moment_cannot_fall():
     [
         ({"warmup_steps": 4}, {0: 0.0, 1: 0.25, 3: 0.75, 4: 1.0, 50: 1.0, 100: 1.0}),
         ({"warmup_steps": 0}, {0: 1.0, 100: 1.0}),
+        (
+            {"warmup_steps": 20, "schedule": "linear", "decay_steps": 40},
+            {10: 0.5, 20: 1.0, 60: 1.0, 80: 0.5, 100: 0.0},
+        ),
         ({"warmup_steps": 20, "schedule": "linear"}, {10: 0.5, 20: 1.0, 60: 0.5, 100: 0.0, 200: 0.0}),
         (
             {"warmup_steps": 20, "schedule": "cosine", "final_learning_rate": 2e-4},
