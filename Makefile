@@ -48,10 +48,11 @@ demo: env
 test: env
 	$(python) -m pytest --numprocesses=$(WORKERS) $(TESTS)
 
-# PyTorch has an environment of its own: nothing else needs it.
+# PyTorch has an environment of its own: nothing else needs it. TORCH_VERSION is empty for the newest.
+TORCH_VERSION ?=
 .venv-torch/.ready: experiments/pytorch_baseline/requirements.txt
 	$(or $(PYTHON),python3) -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet --requirement $<
+	.venv-torch/bin/python -m pip install --quiet --requirement $< $(if $(TORCH_VERSION),"torch==$(TORCH_VERSION)")
 	@touch $@
 
 test-pytorch: .venv-torch/.ready
