@@ -10,6 +10,7 @@ is left out.
 Exit status: 0 done, 2 bad input, said in one line.
 """
 
+import dataclasses
 import pathlib
 import re
 import statistics
@@ -50,11 +51,25 @@ _WHERE = (
 _OWN_TO_A_SESSION = ("started", "seconds", "command")
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is said of a run that did not record it: the options of the command line of the same names."""
+
+    command: str | None = None
+    commit: str | None = None
+    device: str | None = None
+    device_count: int = 1
+    versions: str | None = None
+    wall_seconds: float | None = None
+    note: str | None = None
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line, program name first, and returns the exit status."""
     try:
         options = _parser().parse_args(argv[1:])
-        result = collect(options.workdir, options)
+        said = {field.name: getattr(options, field.name) for field in dataclasses.fields(Given)}
+        result = collect(options.workdir, Given(**said))
         out = options.out or results.CHECKOUT / results.FOLDER / results.TASK / f"{result['name']}.json"
         write(result, out, options.replace)
     except ConfigError as error:
@@ -79,7 +94,7 @@ def _parser() -> results.Parser:
     return parser
 
 
-def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
+def collect(workdir: pathlib.Path, said: Given | None = None) -> dict[str, Any]:
     """The result of the run in `workdir`; raises ConfigError where something is missing or contradicts.
 
     Accuracies are in [0, 1], losses in nats. `curve.train` holds means since the log step before, of at most
@@ -112,8 +127,9 @@ def collect(workdir: pathlib.Path, options: Any) -> dict[str, Any]:
             f"{type(error).__name__}: {error}; restore those files",
         ) from error
     sessions = read_sessions(workdir / "run.json")
-    where = _where(sessions, options, experiment)
-    measured["seconds"]["wall"] = _wall_seconds(sessions, options)
+    said = said or Given()
+    where = _where(sessions, said, experiment)
+    measured["seconds"]["wall"] = said.wall_seconds or wall_seconds(sessions)
     shapes = nnx.eval_shape(lambda: build_model(experiment.model, rngs=nnx.Rngs(0)))
     num_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
     return {
@@ -206,9 +222,7 @@ def _measured(entries: dict[str, list[dict]], done: RunResult) -> dict[str, Any]
 
 def _curves(entries: dict[str, list[dict]]) -> dict[str, Any]:
     """Columns by kind. Of the training every n-th log step stays, counted from the last."""
-    train = entries["train"]
-    stride = -(-len(train) // MOST_POINTS)
-    chosen = {"train": train[::-stride][::-1], "valid": entries["valid"]}
+    chosen = {"train": results.thinned(entries["train"], MOST_POINTS), "valid": entries["valid"]}
     quantities = {"train": ("loss", "gate_loss", "accuracy"), "valid": ("loss", "accuracy")}
     return {
         kind: {"step": [entry["step"] for entry in lines]}
@@ -221,9 +235,9 @@ def _rounded(values: list[float | None], digits: int) -> list[float | None]:
     return [None if value is None else round(value, digits) for value in values]
 
 
-def _where(sessions: list[dict[str, Any]], options: Any, experiment: Experiment) -> dict[str, Any]:
+def _where(sessions: list[dict[str, Any]], said: Given, experiment: Experiment) -> dict[str, Any]:
     """Command, commit, device, versions: as the last session recorded them, or as given."""
-    given = _given(options)
+    given = _given(said)
     if sessions:
         known = {name: value for name, value in sessions[-1].items() if value is not None}
         known |= _earlier(sessions)
@@ -240,15 +254,15 @@ def _where(sessions: list[dict[str, Any]], options: Any, experiment: Experiment)
     return {name: found[name] for name in _WHERE if name in found}
 
 
-def _given(options: Any) -> dict[str, Any]:
-    """What the command line says of the run; only what it does say."""
-    device = None if options.device is None else {"kind": options.device, "count": options.device_count}
+def _given(said: Given) -> dict[str, Any]:
+    """What is said of the run; only what it does say."""
+    device = None if said.device is None else {"kind": said.device, "count": said.device_count}
     values = {
-        "command": options.command,
-        "commit": _commit(options.commit),
+        "command": said.command,
+        "commit": full_commit(said.commit),
         "device": device,
-        "versions": _versions(options.versions),
-        "note": options.note,
+        "versions": _versions(said.versions),
+        "note": said.note,
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -264,7 +278,8 @@ def _earlier(sessions: list[dict[str, Any]]) -> dict[str, Any]:
     return {"earlier_sessions": differing} if told else {}
 
 
-def _commit(given: str | None) -> str | None:
+def full_commit(given: str | None) -> str | None:
+    """A commit that is given, in full where git knows it; raises ConfigError where it cannot be one."""
     if given is None:
         return None
     if not re.fullmatch("[0-9a-f]{7,40}", given):
@@ -281,10 +296,8 @@ def _versions(text: str | None) -> dict[str, str] | None:
     return {name.strip(): version.strip() for name, _, version in pairs}
 
 
-def _wall_seconds(sessions: list[dict[str, Any]], options: Any) -> float | None:
-    """The time of all sessions; unknown where one was killed."""
-    if options.wall_seconds is not None:
-        return options.wall_seconds
+def wall_seconds(sessions: list[dict[str, Any]]) -> float | None:
+    """The time of all sessions of a run; None where one was killed."""
     times = [session["seconds"] for session in sessions if session.get("seconds") is not None]
     return round(sum(times), 1) if times and len(times) == len(sessions) else None
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -69,8 +70,8 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", "arguments that --help lists", message, "see --help")
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
-    """A result that `export_result.py` wrote; raises ConfigError if it is none."""
+def read(path: pathlib.Path, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:
+    """A result that `export_result.py` wrote, or a file of other fields; raises ConfigError if it is none."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -79,7 +80,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise _unusable(path, f"it is of format version {version!r}")
-    missing = [field for field in _FIELDS if field not in content]
+    missing = [field for field in fields if field not in content]
     if missing:
         raise _unusable(path, f"it lacks {', '.join(missing)}")
     return content
@@ -118,6 +119,12 @@ def selected_keys(result: dict[str, Any]) -> int | None:
     """How many keys key selection keeps for a query; None for a model without it."""
     model = experiment(result).model
     return model.keys_per_source if "key_selection" in model.sources else None
+
+
+def thinned(points: Sequence[Any], most: int) -> Sequence[Any]:
+    """Every n-th point counted from the last, the smallest n that leaves at most so many."""
+    stride = -(-len(points) // most) or 1
+    return points[::-stride][::-1]
 
 
 def to_text(value: Any, indent: str = "") -> str:
