@@ -18,13 +18,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import benchmark_tables, results
 from experiments.comparison import readme as readme_of_comparisons
+from experiments.table import drawing
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training.files import write_atomically
 from hax_jax.training.progress import duration
 
 FILES = ("README.md", "docs/performance.md")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-BENCHMARKS, PYTORCH = "benchmarks", "pytorch"
+BENCHMARKS, PYTORCH, TABLES = "benchmarks", "pytorch", "table3"
 REMEDY = "run: python experiments/update_readme.py"
 _COLUMNS = ("run", "test accuracy", "paper", "steps", "parameters", "device", "steps/s", "tokens/s", "time")
 
@@ -62,6 +63,9 @@ def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, s
     compared = readme_of_comparisons.section(root)
     if compared is not None or f"<!-- {PYTORCH}:begin -->" in filled:
         filled = fill(filled, compared or "\nNo comparison yet.\n", PYTORCH)
+    tables = drawing.section(root)
+    if tables is not None or f"<!-- {TABLES}:begin -->" in filled:
+        filled = fill(filled, tables or "\nNo table yet.\n", TABLES)
     result = {readme: (texts[readme], filled)}
     if text := texts[performance]:
         filled = fill(text, benchmark_tables.floor_section(), "floors", performance)
