@@ -13,7 +13,7 @@ from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import make_mesh, put_replicated, replicated, split_rows
+from hax_jax.training.sharding import kernels_over, make_mesh, put_replicated, replicated, split_rows
 from hax_jax.training.step import make_rated_step
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
@@ -81,7 +81,7 @@ class StepProgram:
         platform = jax.devices()[0].platform
         self.steps = steps_per_dispatch(training, platform)
         self._update = jax.jit(
-            make_dispatch(step, known_length=platform != "cpu"),
+            kernels_over(mesh, make_dispatch(step, known_length=platform != "cpu")),
             donate_argnums=0,
             out_shardings=replicated(mesh),
         )

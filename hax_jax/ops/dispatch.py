@@ -4,28 +4,37 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from hax_jax.ops import devices
+
 NAMES = ("reference", "xla", "mosaic_gpu")
 
 
 def resolve(
-    op: str, implementation: str | None, available: Mapping[str, Callable], preferred: str = "xla"
+    op: str,
+    implementation: str | None,
+    available: Mapping[str, Callable],
+    preferred: str = "xla",
+    *,
+    batched: tuple[int, ...] = (),
 ) -> Callable:
     """Returns the function that `implementation` names, or for None the op's own choice.
 
-    For several devices the place to wrap a kernel in `shard_map` is here, where all pass: over the axis
-    'data' of the batch, around the kernel alone (docs/scaling.md says why). None does so yet.
+    Where a mesh is in force, kernels come divided over its devices (`devices.divided`).
 
     Args:
       op: the op's name, for the message.
       implementation: one of `NAMES`, or None.
       available: the op's implementations by name.
       preferred: what None means for this call; 'xla' runs anywhere.
+      batched: which positional arguments of the function have the batch as their first axis.
 
     Raises:
       ValueError: the name is unknown, or the op has no such implementation.
     """
     if implementation is None:
-        return available[preferred]
+        chosen = available[preferred]
+        # What None stands for must run: a batch that does not divide is left to the compiler.
+        return devices.divided(chosen, batched, available["xla"]) if preferred == "mosaic_gpu" else chosen
     if implementation not in NAMES:
         raise ValueError(
             f"`implementation` of {op} must be None or one of {', '.join(NAMES)}, got {implementation!r}"
@@ -35,7 +44,8 @@ def resolve(
             f"`implementation` of {op} must be one it has ({', '.join(available)}), got {implementation!r}; "
             "use None to let the op choose"
         )
-    return available[implementation]
+    chosen = available[implementation]
+    return devices.divided(chosen, batched) if implementation == "mosaic_gpu" else chosen
 
 
 def missing_for_mosaic_gpu() -> str | None:
@@ -70,11 +80,11 @@ def check_shape(op: str, argument: str, got: tuple[int, ...], expected: tuple[in
 def best(why_not: str | None) -> str:
     """What None means for an op whose kernels are the fastest form wherever they run.
 
-    On several devices XLA would gather the inputs of a kernel and run all of it on each of them, so there the
-    form that it can divide is preferred.
+    On several devices without a mesh in force XLA would gather the inputs of a kernel and run all of it on
+    each of them, so there the form that it can divide is preferred.
 
     Args:
-      why_not: why the kernels cannot run the call, None if they can.
+      why_not: why the kernels cannot run the call, on one device's share of it, None if they can.
     """
-    kernels = why_not is None and missing_for_mosaic_gpu() is None and jax.device_count() == 1
+    kernels = why_not is None and missing_for_mosaic_gpu() is None and devices.may_run_kernels()
     return "mosaic_gpu" if kernels else "xla"

@@ -19,6 +19,7 @@ from hax_jax.config import ModelConfig
 from hax_jax.ops import dispatch
 from hax_jax.training.compilation import Compilations
 from hax_jax.training.files import write_json
+from hax_jax.training.sharding import kernels_over, make_mesh
 
 FORMAT_VERSION = 1
 CHECKOUT = pathlib.Path(hax_jax.__file__).resolve().parents[1]
@@ -121,4 +122,6 @@ def git(*arguments: str) -> str:
 def resolved_implementation(model: ModelConfig) -> str:
     """The implementation that the model's ops resolve to, each as far as it has it for the call."""
     name_of = {name: (lambda name=name: name) for name in dispatch.NAMES}
-    return dispatch.resolve("all ops", model.op_implementation, name_of, dispatch.best(None))()
+    # As in training, where a mesh of all devices is in force.
+    preferred = kernels_over(make_mesh(), lambda: dispatch.best(None))()
+    return dispatch.resolve("all ops", model.op_implementation, name_of, preferred)()

@@ -12,7 +12,7 @@ import numpy as np
 
 from hax_jax.config import DataConfig, Experiment
 from hax_jax.training import recall
-from hax_jax.training.sharding import put_batch, put_replicated, split_rows
+from hax_jax.training.sharding import kernels_over, put_batch, put_replicated, split_rows
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
 
@@ -101,7 +101,7 @@ class Evaluator:
         self._structure = structure
         self._shape = (data.max_n_context + 1, data.max_n_key + 1)
         self._members = () if num_members is None else (num_members,)
-        self._score = compiled or compiled_score(structure, population=num_members is not None)
+        self._score = compiled or compiled_score(structure, mesh, population=num_members is not None)
         materialize = split_rows(mesh, split.materialize)
         # Apart from the model's function, so that all splits share that one: its compilation is the long one.
         self._prepare = jax.jit(lambda raws: jax.lax.map(materialize, raws))
@@ -171,7 +171,7 @@ def make_evaluators(
     structure: ModelStructure, splits: dict[str, Any], experiment: Experiment, mesh: jax.sharding.Mesh
 ) -> dict[Purpose, Evaluator]:
     """Those of a run or a population for its splits 'valid' and 'test', which share what is compiled."""
-    compiled = compiled_score(structure, population=bool(experiment.members))
+    compiled = compiled_score(structure, mesh, population=bool(experiment.members))
     size, num_members = experiment.training.eval_batch_size, len(experiment.members) or None
     return {
         purpose: Evaluator(
@@ -181,7 +181,9 @@ def make_evaluators(
     }
 
 
-def compiled_score(structure: ModelStructure, *, population: bool = False) -> Callable[..., Any]:
+def compiled_score(
+    structure: ModelStructure, mesh: jax.sharding.Mesh, *, population: bool = False
+) -> Callable[..., Any]:
     """Scores batch after batch in one program, its totals donated.
 
     score(params, buffers, key, purpose, first, batches, totals) -> totals, where `batches` have a leading
@@ -205,7 +207,7 @@ def compiled_score(structure: ModelStructure, *, population: bool = False) -> Ca
         count = batches.item_weight.shape[0]
         return jax.lax.scan(add, totals, (first + jnp.arange(count), batches))[0]
 
-    return jax.jit(score, donate_argnums=6)
+    return jax.jit(kernels_over(mesh, score), donate_argnums=6)
 
 
 def _result(sums: dict[str, np.ndarray], sources: tuple[str, ...]) -> EvalResult:

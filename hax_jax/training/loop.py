@@ -33,7 +33,14 @@ from hax_jax.training.processes import SharedStop
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
 from hax_jax.training.restore import read_best
-from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated, split_rows
+from hax_jax.training.sharding import (
+    kernels_over,
+    make_mesh,
+    put_batch,
+    put_replicated,
+    replicated,
+    split_rows,
+)
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
 from hax_jax.training.step import make_rated_step
@@ -141,7 +148,7 @@ class Run:
         # All members take the same batch, as they do alone: it depends on the data's seed.
         step = jax.vmap(step, in_axes=(0, None, 0, None)) if members else step
         self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
-        dispatch = make_dispatch(step, known_length=not self._on_cpu())
+        dispatch = kernels_over(self.mesh, make_dispatch(step, known_length=not self._on_cpu()))
         self.update = jax.jit(dispatch, donate_argnums=0, out_shardings=replicated(self.mesh))
         rates = [member.training.learning_rate for member in members or [experiment]]
         self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))

@@ -1,6 +1,7 @@
 """Data parallelism: a mesh over all devices, batches split over it, the state repeated on each."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hax_jax.config import ConfigError
 from hax_jax.data.batch import Batch
+from hax_jax.ops.devices import BATCH_AXIS
 
 
 def make_mesh(**batch_sizes: int) -> Mesh:
@@ -33,7 +35,20 @@ def make_mesh(**batch_sizes: int) -> Mesh:
             )
     # With the axis type Auto the compiler splits the work; results do not depend on the number of devices
     # beyond rounding, random numbers included.
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.asarray(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def kernels_over(mesh: Mesh, function: Callable) -> Callable:
+    """`function` whose kernels, when it is compiled, are divided over the devices of the mesh."""
+    if mesh.size == 1:
+        return function
+
+    @functools.wraps(function)
+    def divided(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return divided
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -46,7 +61,7 @@ def put_batch(mesh: Mesh, raw: Any, axis: int = 0) -> Any:
 
     Every process passes the same whole batch (raw batches are a few bytes an item) and keeps its own rows.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
     if jax.process_count() == 1:
         return jax.device_put(raw, sharding)
     put = lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape)  # noqa: E731
@@ -57,7 +72,7 @@ def split_rows(mesh: Mesh, materialize: Callable[[Any], Batch]) -> Callable[[Any
     """`materialize` whose packed rows are split over the devices, as padded rows are by their items."""
     if mesh.size == 1:
         return materialize
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
     def split(raw):
         batch = materialize(raw)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.training.tiny import start_python
+from tests.training.tiny import run_script, start_python
 
 _TRAIN = """
 import json, pathlib, sys
@@ -69,3 +69,15 @@ def test_batch_that_does_not_divide_is_refused(tmp_path: pathlib.Path):
     line = errors.splitlines()[-1]
     assert line.startswith("refused: `training.batch_size` must be a multiple of the 8 devices, got 12; ")
     assert not (tmp_path / "w" / "config.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_several_gpus_run_the_kernels_of_one_with_its_share_of_the_batch():
+    """A whole update with 'auto', lowered for Hopper GPUs: of a plain run and of a population."""
+    found = json.loads(run_script("tests/training/kernels_of_a_step.py", devices=4))
+    assert len(found) == 2
+    for name, kernels in found.items():
+        # At least: the convolution's gradient, hash orders, lifetimes, attention and its two gradients, and
+        # three kernels of the SSD each way.
+        assert len(kernels["on_one"]) >= 12, name
+        assert kernels["on_four"] == kernels["on_one"], name

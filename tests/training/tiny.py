@@ -107,3 +107,12 @@ def start_python(code: str, *arguments: str, devices: int = 1, cache: pathlib.Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def run_script(path: str, *arguments: str, devices: int = 1, timeout: float = 580) -> str:
+    """The last line that a script of the project prints on so many simulated devices."""
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start_python(code, path, *arguments, devices=devices)
+    output, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors[-3000:]
+    return output.splitlines()[-1]

@@ -50,5 +50,5 @@ def causal_conv1d(
     if segment_ids is not None:
         dispatch.check_shape("causal_conv1d", "segment_ids", segment_ids.shape, x.shape[:2], "b, t")
     preferred = dispatch.best(mosaic_gpu.why_not(x, weight))
-    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, preferred, batched=(0, 3))
     return function(x, weight, bias, segment_ids)

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from hax_jax.ops import dispatch
+from hax_jax.ops import devices, dispatch
 from hax_jax.ops.gated_rms_norm import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {
@@ -31,7 +31,7 @@ def gated_rms_norm(
       weight: (d,).
       eps: added to the mean of the squares.
       implementation: None, 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel for Hopper GPUs,
-        which None means on one such GPU where it can run the call).
+        which None means on such GPUs where it can run the call).
 
     Returns:
       (..., d), at least float32.
@@ -42,8 +42,10 @@ def gated_rms_norm(
 
     Source: Mamba-2 (arXiv 2405.21060), section 7. Memory grows as the input.
     """
-    preferred = dispatch.best(mosaic_gpu.why_not(x, gate, weight))
-    function = dispatch.resolve("gated_rms_norm", implementation, IMPLEMENTATIONS, preferred)
+    batched = (0, 1) if x.ndim > 1 else ()
+    own = devices.share if batched else lambda array: array
+    preferred = dispatch.best(mosaic_gpu.why_not(own(x), own(gate), weight))
+    function = dispatch.resolve("gated_rms_norm", implementation, IMPLEMENTATIONS, preferred, batched=batched)
     dispatch.check_shape("gated_rms_norm", "gate", gate.shape, x.shape, "..., d")
     dispatch.check_shape("gated_rms_norm", "weight", weight.shape, x.shape[-1:], "d")
     return function(x, gate, weight, eps)

@@ -36,7 +36,7 @@ def key_lifetimes(
       segment_ids: (b, t) int32; each segment has a running top-k of its own.
       implementation: None, 'reference' (compares all pairs), 'xla' (a sort, then log2(t) linear passes) or
         'mosaic_gpu' (a kernel for Hopper GPUs, which compares pairs; rows beyond 4,096 and float64 as 'xla').
-        None means it for rows up to 4,096 on one such GPU, and 'xla' elsewhere.
+        None means it for rows up to 4,096 on such GPUs, and 'xla' elsewhere.
 
     Returns:
       (b, t) int32 expiries; expiry_j <= j for a key that is never visible.
@@ -48,7 +48,7 @@ def key_lifetimes(
     as b t ('xla').
     """
     preferred = dispatch.best(pairs_mosaic_gpu.why_not(scores.shape))
-    function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS, preferred, batched=(0, 2))
     if num_keys < 1:
         raise ValueError(f"`num_keys` of key_lifetimes must be at least 1, got {num_keys}")
     if segment_ids is not None:

@@ -80,7 +80,7 @@ def bucket_orders(
       segment_ids: (b, t) int32; buckets are counted anew in each segment.
       implementation: None, 'reference' (compares all pairs), 'xla' (one sort) or 'mosaic_gpu' (a kernel for
         Hopper GPUs, which compares pairs; rows beyond 4,096 as 'xla'). None means it for rows up to 4,096 on
-        one such GPU, and 'xla' elsewhere.
+        such GPUs, and 'xla' elsewhere.
 
     Returns:
       count (b, t) and order (b, t), int32.
@@ -91,7 +91,9 @@ def bucket_orders(
     Source: design of this project, after HAX (arXiv 2507.00449), section 4. Memory grows as b t ('xla').
     """
     preferred = dispatch.best(pairs_mosaic_gpu.why_not(query_code.shape))
-    function = dispatch.resolve("bucket_orders", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve(
+        "bucket_orders", implementation, IMPLEMENTATIONS, preferred, batched=(0, 1, 2)
+    )
     dispatch.check_shape("bucket_orders", "key_code", key_code.shape, query_code.shape, "b, t")
     if segment_ids is not None:
         dispatch.check_shape("bucket_orders", "segment_ids", segment_ids.shape, query_code.shape, "b, t")

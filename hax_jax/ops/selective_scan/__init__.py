@@ -43,7 +43,7 @@ def selective_scan(
       softplus: take softplus(dt) for dt, which the kernels do without writing it to memory.
       chunk_size: positions held in memory at once by 'xla'.
       implementation: None, 'reference' (a step at a time), 'xla' (chunks of `lax.associative_scan`) or
-        'mosaic_gpu' (kernels for Hopper GPUs, which None means on one such GPU where they can run the call).
+        'mosaic_gpu' (kernels for Hopper GPUs, which None means on such GPUs where they can run the call).
 
     Returns:
       y (b, t, e) and the state after the last position (b, e, n), both at least float32.
@@ -67,5 +67,7 @@ def selective_scan(
     if segment_ids is not None:
         dispatch.check_shape("selective_scan", "segment_ids", segment_ids.shape, (b, t), "b, t")
     preferred = dispatch.best(mosaic_gpu.why_not(x, dt, A, B, C))
-    function = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve(
+        "selective_scan", implementation, IMPLEMENTATIONS, preferred, batched=(0, 1, 3, 4, 6, 7)
+    )
     return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, softplus)

@@ -59,7 +59,7 @@ def sparse_attention(
       empty_rows: what a query without visible keys gets: 'zero', or 'uniform', the mean of v over all t
         positions (a fault of the original, for parity).
       implementation: None, 'reference' (one t x t mask), 'xla' (any device) or 'mosaic_gpu' (kernels for
-        Hopper GPUs, bfloat16 or float32, n up to 128; None means them on one such GPU where they can run the
+        Hopper GPUs, bfloat16 or float32, n up to 128; None means them on such GPUs where they can run the
         call).
         Matmul inputs keep the dtypes of q, k and v; scores, softmax and sums are at least float32.
 
@@ -75,7 +75,9 @@ def sparse_attention(
     t^2.
     """
     preferred = dispatch.best(mosaic_gpu.why_not(q, k, v))
-    function = dispatch.resolve("sparse_attention", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve(
+        "sparse_attention", implementation, IMPLEMENTATIONS, preferred, batched=(0, 1, 2, 3, 4)
+    )
     b, t, h, n = q.shape
     dispatch.check_shape("sparse_attention", "k", k.shape, (b, t, h, n), "b, t, h, n")
     dispatch.check_shape("sparse_attention", "v", v.shape, (b, t, h, v.shape[-1]), "b, t, h, e")

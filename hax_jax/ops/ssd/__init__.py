@@ -65,5 +65,5 @@ def ssd(
     if segment_ids is not None:
         dispatch.check_shape("ssd", "segment_ids", segment_ids.shape, (b, t), "b, t")
     preferred = dispatch.best(mosaic_gpu.why_not(x, A, B, C))
-    function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, preferred)
+    function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, preferred, batched=(0, 1, 3, 4, 6, 7))
     return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
