@@ -20,6 +20,7 @@ by a signal or by --limit_seconds, with everything saved.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import pathlib
@@ -103,6 +104,8 @@ class Table:
         )
         self.cells = cells.plan(self.wish, options.workdir)
         self.out = options.out or FOLDER / cells.name_of(self.wish, self.cells)
+        _check_folder("--workdir", options.workdir)
+        _check_folder("--out", self.out)
         _keep_off_devices()
         # Imported here, so that a mistyped command line is answered at once.
         from experiments.table import record
@@ -140,10 +143,11 @@ class Table:
         options = self.options
         with StopRequest() as stop:
             plan = running.Plan(options.jobs, options.gpus, options.limit_seconds)
-            for group in self._groups():
-                if self.states[group.folder][0]:
-                    console.line(finished(group))
-            training = running.Training(self._groups(), plan, finished, self._counts, console)
+            ended = [group for group in self._groups() if self.states[group.folder][0]]
+            others = [group for group in self._groups() if group not in ended]
+            training = running.Training(others, plan, finished, self._counts, console)
+            for group in ended:
+                training.collect(group)
             why = training.run(stop)
         self._draw(console.line)
         for group, reason in training.failures:
@@ -198,10 +202,9 @@ class Table:
 
         if not any(self.out.glob("*.json")):
             return
-        found = self.record.read_all(self.out)
-        for line in drawing.table(found):
-            say(line)
         try:
+            for line in drawing.table(self.record.read_all(self.out)):
+                say(line)
             drawing.write(self.out)
             say(f"table and figure: {os.path.relpath(self.out)}")
         except ConfigError as error:
@@ -214,6 +217,20 @@ def _keep_off_devices() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+
+
+def _check_folder(option: str, path: pathlib.Path) -> None:
+    """Raises ConfigError where a folder is neither there, to be written, nor can be made."""
+    try:
+        # A name that is too long or has a null byte raises something else.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        fault = None if there.is_dir() and os.access(there, os.W_OK) else f"{there} cannot be written"
+    except (OSError, ValueError) as error:
+        fault = str(getattr(error, "strerror", error))
+    if fault:
+        raise ConfigError(option, "a folder that can be written", str(path), f"{fault}; choose another")
 
 
 def _check_data(planned: Sequence[cells.Cell]) -> None:

@@ -1,6 +1,5 @@
 """The committed file of a cell: what each of its runs measured, and what comes of them together."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from experiments.table.cells import Cell, Group, Member, Wish
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.training.environment import commit, read_sessions
 from hax_jax.training.files import make_folders, plain, write_atomically
-from hax_jax.training.workdir import read_config, settings_differences
+from hax_jax.training.workdir import RunFolder, read_config, settings_differences
 
 # Of each run's curve; a cell may hold many.
 MOST_POINTS = 100
@@ -157,7 +156,7 @@ def _run(group: Group, index: int, given_commit: str | None) -> tuple[dict[str, 
     sessions = read_sessions(group.folder / "run.json")
     if group.experiment.members:
         begun["trained_together"] = len(group.members)
-        ended = json.loads((group.folder / "result.json").read_text())["members"][index]
+        ended = _ended(group)[index]
         if ended["stopped"] != "finished":
             return {**begun, "stopped": ended["stopped"], "steps": ended["steps"]}, None
     said = export_result.Given(
@@ -172,6 +171,15 @@ def _run(group: Group, index: int, given_commit: str | None) -> tuple[dict[str, 
     }
     kept = {name: value for name, value in result.items() if name not in _SHARED}
     return {**begun, **kept}, result
+
+
+def _ended(group: Group) -> list[dict[str, Any]]:
+    """How each member of a population ended."""
+    result = RunFolder(group.folder, group.experiment).result()
+    if result is None or result.members is None or len(result.members) != len(group.members):
+        remedy = "its result.json names no such members; delete that file and run again"
+        raise ConfigError("--workdir", "a finished population", str(group.folder), remedy)
+    return result.members
 
 
 def check_commit(given: str | None) -> None:

@@ -236,6 +236,13 @@ class Training:
             self._console.bar("")
             self._stop()
 
+    def collect(self, group: Group) -> None:
+        """Takes in a group that has finished."""
+        try:
+            self._console.line(self._finished(group))
+        except ConfigError as error:
+            self._fail(group, " ".join(str(error).split()))
+
     def _running(self) -> list[Process]:
         return [process for process in self._slots if process is not None]
 
@@ -250,10 +257,7 @@ class Training:
         """Deals with a process that has ended by itself."""
         process.close()
         if status == 0:
-            try:
-                self._console.line(self._finished(process.group))
-            except ConfigError as error:
-                self._fail(process.group, " ".join(str(error).split()))
+            self.collect(process.group)
         elif status == INTERRUPTED:
             self._fail(process.group, "stopped by a signal, all saved; the same command goes on")
         else:

@@ -133,6 +133,21 @@ def test_a_member_that_diverged_is_told_and_not_run_again(here, capsys):
     assert "1 of 1 cells finished" in capsys.readouterr().out
 
 
+def test_a_result_that_is_damaged_fails_its_cell_alone(here, capsys):
+    here[1] += ",samba"
+    asked = wish(configs=("mamba2_key_selection", "samba"), seeds=(0, 1))
+    for cell in cells.plan(asked, pathlib.Path("runs/table3")):
+        finish(cell.groups[0])
+    (folder,) = pathlib.Path("runs/table3/causal_1000/mamba2_key_selection").iterdir()
+    (folder / "result.json").write_text("{")
+    assert table3.main(here) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("failed: mamba2_key_selection in ") and "result.json" in line
+    assert "samba: finished, test accuracy 78.12%" in captured.out
+    assert "| Samba | [78.1 ± 0.0](samba.json) | 6.3 |" in pathlib.Path("out/table.md").read_text()
+
+
 def run_of(rate, seed, valid, test):
     return {"learning_rate": rate, "seed": seed, "best_valid_accuracy": valid, "test": {"accuracy": test}}
 
@@ -195,6 +210,10 @@ def test_the_readme_shows_committed_tables(tmp_path):
         (["--config.data.eval_source=dataset"], "data.data_dir"),
         (["--config.data.eval_source=dataset", "--config.data.data_dir=nowhere"], "nowhere"),
         (["--commit=main"], "hexadecimal"),
+        (["--out=/dev/null"], "`--out`"),
+        (["--out=/dev/null/out"], "`--out`"),
+        (["--workdir=" + "x" * 300], "`--workdir`"),
+        (["--workdir=a\0b"], "`--workdir`"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_made(here, capsys, arguments, message):
