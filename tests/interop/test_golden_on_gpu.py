@@ -33,7 +33,7 @@ def test_float32_kernels_are_inside_the_golden_tolerances(golden, name):
 def test_a_bfloat16_step_with_kernels(golden, name):
     """Loss near the original's float32; output and gradients those of the XLA forms.
 
-    Twice an op's tolerance: rounding is handed on from layer to layer, and near-ties may be decided otherwise.
+    Twice the tolerance of an op: rounding is handed on, and near-ties may be decided otherwise.
     """
     file = GoldenFile(golden.path(name))
     loss, hidden, gradients = bfloat16_step(file, "mosaic_gpu")
