@@ -119,6 +119,7 @@ def collect(workdir: pathlib.Path, said: Given | None = None) -> dict[str, Any]:
     try:
         _check_consistent(entries, done, workdir)
         measured = _measured(entries, done)
+        measured["test"] |= _recall(entries["test"][-1])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             "workdir",
@@ -223,12 +224,19 @@ def _measured(entries: dict[str, list[dict]], done: RunResult) -> dict[str, Any]
 def _curves(entries: dict[str, list[dict]]) -> dict[str, Any]:
     """Columns by kind. Of the training every n-th log step stays, counted from the last."""
     chosen = {"train": results.thinned(entries["train"], MOST_POINTS), "valid": entries["valid"]}
-    quantities = {"train": ("loss", "gate_loss", "accuracy"), "valid": ("loss", "accuracy")}
+    seen = _recall(entries["valid"][-1]).get("recall", ())
+    quantities = {"train": ("loss", "gate_loss", "accuracy"), "valid": ("loss", "accuracy", *seen)}
     return {
         kind: {"step": [entry["step"] for entry in lines]}
         | {name: _rounded([entry[name] for entry in lines], 5) for name in quantities[kind]}
         for kind, lines in chosen.items()
     }
+
+
+def _recall(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What a line of metrics says of source recall, as the field `recall`; nothing of models without it."""
+    found = {name: round(x, 5) for name, x in entry.items() if name.startswith(("recall/", "reach/"))}
+    return {"recall": found} if found else {}
 
 
 def _rounded(values: list[float | None], digits: int) -> list[float | None]:

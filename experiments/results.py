@@ -3,7 +3,8 @@
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -101,7 +102,29 @@ def paper_accuracy(result: dict[str, Any]) -> float | None:
     data, paper_data = experiment(result).data, DataConfig()
     sizes = ("min_n_context", "max_n_context", "min_n_key", "max_n_key", "n_value")
     same = all(getattr(data, name) == getattr(paper_data, name) for name in sizes)
-    return PAPER.get(result["config"]["name"]) if same else None
+    return PAPER.get(row_name(result)) if same else None
+
+
+def row_name(result: dict[str, Any]) -> str:
+    """The row of Table 3 that a result belongs to: its name, without what a population adds for a member."""
+    return re.sub(r"_lr[0-9.e+-]+_seed[0-9]+$", "", result["config"]["name"])
+
+
+def by_seed(found: Sequence[Any], result_of: Callable[[Any], dict[str, Any]]) -> list[list[Any]]:
+    """Results in groups that differ in nothing but the seed and what came of it, in the order given."""
+    groups: dict[str, list[Any]] = {}
+    for one in found:
+        result = result_of(one)
+        same = {**result["config"], "name": row_name(result), "seed": None}
+        groups.setdefault(json.dumps([same, result["steps"]], sort_keys=True), []).append(one)
+    return list(groups.values())
+
+
+def first_step_above(result: dict[str, Any], accuracy: float) -> int | None:
+    """The first step whose validation accuracy is above `accuracy`, in [0, 1]; None if there is none."""
+    valid = result["curve"]["valid"]
+    above = (step for step, x in zip(valid["step"], valid["accuracy"], strict=True) if x > accuracy)
+    return next(above, None)
 
 
 def accuracy_of_memory(data: DataConfig, num_entries: int) -> float:

@@ -8,6 +8,7 @@ Exit status: 0 done, 1 out of date (with --check), 2 bad input, said in one line
 
 import dataclasses
 import pathlib
+import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -93,9 +94,28 @@ def section(root: pathlib.Path) -> str:
         return "\nNo results yet.\n"
     lines = ["", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
     lines += [_row(_cells(path, result)) for path, result in found]
-    for path, result in found:
-        lines += ["", *_details(path, result, root)]
+    for group in results.by_seed(found, lambda one: one[1]):
+        # Seeds of one population share all circumstances; the figure is the first one's.
+        lines += ["", *_details(*group[0], root)]
+        if len(group) > 1:
+            lines += ["", _over_seeds([result for _, result in group])]
     return "\n".join([*lines, ""])
+
+
+def _over_seeds(group: Sequence[dict[str, Any]]) -> str:
+    """Mean and worst of runs that differ in their seed alone, and when they passed the paper's accuracy."""
+    accuracy = [100 * result["test"]["accuracy"] for result in group]
+    seeds = ", ".join(str(result["config"]["seed"]) for result in group)
+    text = (
+        f"`{results.row_name(group[0])}` over seeds {seeds}: mean {statistics.fmean(accuracy):.2f}%, worst "
+        f"{min(accuracy):.2f}%"
+    )
+    paper = results.paper_accuracy(group[0])
+    passed = [] if paper is None else [results.first_step_above(result, paper / 100) for result in group]
+    if passed and None not in passed:
+        steps = sorted(step for step in passed if step is not None)
+        text += f"; the paper's {paper:.1f}% was passed in validation at step {steps[0]:,} to {steps[-1]:,}"
+    return f"{text}."
 
 
 def _read(root: pathlib.Path, name: str) -> str:

@@ -58,6 +58,21 @@ def test_measurements_are_kept_and_rounded(tmp_path, out):
     assert result["num_parameters"] == 100_594 - 80 * 64
 
 
+def test_source_recall_is_part_of_the_curve_and_of_the_test(tmp_path, out):
+    workdir = make(tmp_path / "run", sessions=[session()])
+    path = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] != "train":
+            line |= {"recall/1/any": line["step"] / 3000, "reach/any/sign_bin_lsh": 0.123456789}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert export(workdir, out) == 0
+    result = results.read(out)
+    assert result["test"]["recall"] == {"recall/1/any": 0.33333, "reach/any/sign_bin_lsh": 0.12346}
+    assert result["curve"]["valid"]["recall/1/any"][:2] == [0.03333, 0.06667]
+    assert len(result["curve"]["valid"]["reach/any/sign_bin_lsh"]) == len(result["curve"]["valid"]["step"])
+
+
 def test_curves_are_thinned_from_the_end(tmp_path, out):
     assert export(make(tmp_path / "run", sessions=[session()]), out) == 0
     curve = results.read(out)["curve"]

@@ -1,5 +1,7 @@
 """The README's numbers are those of the committed results."""
 
+import dataclasses
+
 import pytest
 
 from experiments import export_result, update_readme
@@ -38,6 +40,21 @@ def test_results_are_written_between_the_markers(checkout):
     before = text
     assert run(checkout) == 0
     assert (checkout / "README.md").read_text() == before
+
+
+def test_seeds_of_one_run_have_a_mean_and_a_worst(checkout, tmp_path):
+    for seed, accuracy in ((1, 0.75), (2, 0.5)):
+        name = f"tiny_lr0.002_seed{seed}"
+        settings = dataclasses.replace(experiment(name), seed=seed)
+        workdir = make(tmp_path / name, settings, sessions=[session()])
+        for path in (workdir / "result.json", workdir / "metrics.jsonl"):
+            path.write_text(path.read_text().replace("0.78125", str(accuracy)))
+        out = checkout / "results" / "joint_recall" / f"{name}.json"
+        assert export_result.main(["export_result.py", str(workdir), f"--out={out}"]) == 0
+    assert run(checkout) == 0
+    text = (checkout / "README.md").read_text()
+    assert "`tiny` over seeds 0, 1, 2: mean 67.71%, worst 50.00%." in text
+    assert text.count(session()["command"]) == 1
 
 
 def test_a_figure_is_shown_where_there_is_one(checkout):
