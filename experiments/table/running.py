@@ -19,7 +19,7 @@ from hax_jax.training.files import make_folders
 from hax_jax.training.progress import Console, duration
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
-LOG = "log.txt"
+LOG, RESULT = "log.txt", "result.json"
 INTERRUPTED = 143
 _POLL_SECONDS = 0.2
 # Of a process told to stop: it saves within a second or two, unless it is compiling; then nothing is lost.
@@ -293,10 +293,12 @@ class Training:
         for process in left:
             process.end(deadline - time.monotonic())
             status = process.poll()
-            # It may have ended by itself in the meantime; a negative status is a signal's.
-            if status is not None and status >= 0 and status != INTERRUPTED:
-                self._take(process, status)
             process.close()
+            # It may have ended by itself in the meantime: well, if the signal met its last moments, or not.
+            if (process.group.folder / RESULT).exists():
+                self.collect(process.group)
+            elif status is not None and status > 0 and status != INTERRUPTED:
+                self._take(process, status)
 
 
 def environment(slot: int, plan: Plan) -> dict[str, str]:

@@ -287,6 +287,15 @@ def test_a_limit_stops_what_runs_and_begins_nothing_more(train):
     assert not (training._waiting[0].folder).exists()
 
 
+def test_what_finishes_while_it_is_told_to_stop_is_taken_in(train, tmp_path):
+    folder = tmp_path / "runs" / "causal_1000" / "samba" / "lr0.002_seed0"
+    folder.mkdir(parents=True)
+    # The signal ends the process, but it had come to its end.
+    (folder / "result.json").write_text("{}")
+    _, why, said = train(("samba",), 5.0, limit_seconds=1.0)
+    assert why == "the limit" and "samba done\n" in said
+
+
 def test_a_signal_stops_the_whole(here, tmp_path_factory, monkeypatch, capsys):
     child = tmp_path_factory.mktemp("program") / "child.py"
     # Sent from there, so that it cannot come before anybody listens.
