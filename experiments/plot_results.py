@@ -1,4 +1,4 @@
-"""Draws a committed result: validation accuracy against steps, and test accuracy by table size.
+"""Draws a committed result: validation accuracy against steps, test accuracy by table size, source recall.
 
     python experiments/plot_results.py results/joint_recall/mamba2_hax.json [--out=FILE.svg]
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from experiments import figures, results
 
 TRAIN, VALID, REFERENCE = "#9db4c8", "#b03a2e", "#444444"
+SOURCES = ("#b03a2e", "#2e6f9e", "#5b8c5a")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,10 +30,13 @@ def main(argv: Sequence[str]) -> int:
 
 def draw(result: dict[str, Any], out: pathlib.Path) -> None:
     """Writes the figure of a result; raises ConfigError without matplotlib or if `out` cannot be written."""
-    layout = {"figsize": (10, 4.2), "layout": "constrained", "width_ratios": (1.15, 1)}
-    with figures.drawing(out, 1, 2, **layout) as (figure, (left, right)):
-        _draw_curve(left, result)
-        _draw_table(figure, right, result)
+    widths, inches = ((1.15, 1, 1), 14.6) if "recall" in result["test"] else ((1.15, 1), 10)
+    layout = {"figsize": (inches, 4.2), "layout": "constrained", "width_ratios": widths}
+    with figures.drawing(out, 1, len(widths), **layout) as (figure, axes):
+        _draw_curve(axes[0], result)
+        _draw_table(figure, axes[1], result)
+        if len(widths) == 3:
+            _draw_recall(axes[2], result)
         figure.suptitle(title(result))
 
 
@@ -79,14 +83,30 @@ def _draw_curve(axes, result: dict[str, Any]) -> None:
             va="bottom",
             color=REFERENCE,
         )
-    axes.set_xlim(0, result["steps"])
+    _steps(axes, result)
     axes.set_ylim(0, 103)
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(frameon=False, loc="best")
+
+
+def _steps(axes, result: dict[str, Any]) -> None:
+    axes.set_xlim(0, result["steps"])
     unit, name = (1000, "steps (thousands)") if result["steps"] >= 5000 else (1, "steps")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
     axes.set_xlabel(name)
-    axes.set_ylabel("accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
+
+
+def _draw_recall(axes, result: dict[str, Any]) -> None:
+    valid = result["curve"]["valid"]
+    for source, color in zip(results.experiment(result).model.sources, SOURCES, strict=False):
+        for kind, dashes in (("recall", (None, None)), ("reach", (3, 2))):
+            values = [100 * value for value in valid[f"{kind}/any/{source}"]]
+            axes.plot(valid["step"], values, color=color, dashes=dashes, label=f"{kind}, {source}")
+    _steps(axes, result)
+    axes.set_ylim(0, 103)
+    axes.set_ylabel("scored queries that see their answer (%)")
+    axes.legend(frameon=False, loc="best", fontsize=8)
 
 
 def _draw_table(figure, axes, result: dict[str, Any]) -> None:

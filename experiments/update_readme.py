@@ -1,4 +1,4 @@
-"""Writes the numbers of README.md and docs/performance.md from the JSON under results/; nobody types one.
+"""Writes the numbers of README.md and of pages under docs/ from the JSON under results/; nobody types one.
 
     python experiments/update_readme.py            # rewrites what stands between the markers
     python experiments/update_readme.py --check    # changes nothing; exit status 1 if it is out of date
@@ -17,14 +17,14 @@ from typing import Any
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from experiments import benchmark_tables, results
+from experiments import benchmark_tables, results, science_tables
 from experiments.comparison import readme as readme_of_comparisons
 from experiments.table import drawing
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training.files import write_atomically
 from hax_jax.training.progress import duration
 
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", science_tables.FILE)
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BENCHMARKS, PYTORCH, TABLES = "benchmarks", "pytorch", "table3"
 REMEDY = "run: python experiments/update_readme.py"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], root: pathlib.Path = results.CHECKOUT) -> int:
 
 def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Each file's text as it is and as it should be; a file that is not there, as one may lack, stays so."""
-    readme, performance = FILES
+    readme, performance, science = FILES
     filled = fill(texts[readme], section(root))
     measured = benchmark_tables.section(root)
     if measured is not None or f"<!-- {BENCHMARKS}:begin -->" in filled:
@@ -72,6 +72,11 @@ def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, s
         filled = fill(text, benchmark_tables.floor_section(), "floors", performance)
         parts = benchmark_tables.breakdown_section(root) or "\nNot measured yet.\n"
         result[performance] = text, fill(filled, parts, "breakdown", performance)
+    if text := texts[science]:
+        filled = text
+        for name, content in science_tables.sections(root).items():
+            filled = fill(filled, content, name, science)
+        result[science] = text, filled
     return result
 
 

@@ -41,6 +41,17 @@ def test_figure_lies_beside_the_result_and_names_what_it_shows(result, capsys):
     assert any("2 selected keys alone" in text for text in texts)
 
 
+def test_source_recall_is_a_third_panel(result, tmp_path):
+    content = json.loads(result.read_text())
+    names = [f"{kind}/any/{s}" for kind in ("recall", "reach") for s in ("sign_bin_lsh", "key_selection")]
+    content["test"]["recall"] = dict.fromkeys(names, 0.5)
+    content["curve"]["valid"] |= {name: [0.5] * len(content["curve"]["valid"]["step"]) for name in names}
+    result.write_text(json.dumps(content))
+    assert plot_results.main(["plot_results.py", str(result)]) == 0
+    texts = _texts(result.with_suffix(".svg"))
+    assert {"recall, sign_bin_lsh", "reach, key_selection", "contexts"} <= set(texts)
+
+
 def test_the_same_result_gives_the_same_bytes(result, tmp_path):
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     for out in (first, second):
