@@ -3,6 +3,7 @@
     python benchmarks/run.py attention        # sparse attention against cuDNN's and the dense form
     python benchmarks/run.py scans            # both recurrences against mamba_ssm's kernels
     python benchmarks/run.py step             # a training step of every row of Table 3
+    python benchmarks/run.py curves           # the loss over 2,000 steps: default form against plain form
 
 From the repository's root, in one process on one GPU; nothing else should run there. Results go to
 results/benchmarks/SUITE.json after each measurement. --tiny measures shapes that a CPU can bear, to see
@@ -25,7 +26,7 @@ from experiments import results
 from hax_jax.config import ConfigError
 
 _STARTED = time.perf_counter()
-SUITES = ("attention", "scans", "step")
+SUITES = ("attention", "scans", "step", "curves")
 FOLDER = results.CHECKOUT / results.FOLDER / "benchmarks"
 
 
@@ -51,9 +52,11 @@ def _parser() -> results.Parser:
     parser.add_argument("--commit", help="the code's commit, where git does not know it")
     parser.add_argument("--note", help="a remark on this session")
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement; default 2")
-    step = parser.add_argument_group("step")
-    step.add_argument("--configs", default="", metavar="NAME,...", help="rows of Table 3; default all")
-    step.add_argument("--steps", type=int, default=50, help="steps in a sample; default 50")
+    step = parser.add_argument_group("step and curves")
+    step.add_argument(
+        "--configs", default="", metavar="NAME,...", help="rows of Table 3; default all, of curves mamba2_hax"
+    )
+    step.add_argument("--steps", type=int, help="in a sample, default 50; of a curve, default 2,000")
     step.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting to change")
     step.add_argument("--label", default="", help="stands before every id, such as 'before'")
     step.add_argument("--workers", type=int, default=0, help="processes that compile before; default none")
@@ -87,9 +90,16 @@ def _run(options) -> None:
         from benchmarks import scans
 
         scans.run(record(), scans.Options(options.seconds, only, options.tiny, plan))
+    elif options.suite == "curves":
+        from benchmarks import curves
+
+        names = tuple(name for name in options.configs.split(",") if name) or curves.Options.configs
+        steps = options.steps or curves.Options.steps
+        curves.run(record(), curves.Options(names, tuple(options.set), steps, options.tiny))
     else:
         from benchmarks import step
 
+        options.steps = options.steps or step.Options.steps
         step.main(options, plan, record, _STARTED)
 
 

@@ -192,7 +192,7 @@ def ablations(trained: Trained, task: DataConfig, options: Any) -> dict[str, Any
         for name, x in trained.buffers.items()
         if name.endswith("projection")
     }
-    forms = {"as trained": {}}
+    forms: dict[str, dict[str, Any]] = {"as trained": {}}
     for index, name in enumerate(scales):
         forms[f"without the branch of layer {index + 1}"] = {"params": without([name])}
     forms["without both branches"] = {"params": without(scales)}

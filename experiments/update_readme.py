@@ -101,7 +101,8 @@ def section(root: pathlib.Path) -> str:
     lines += [_row(_cells(path, result)) for path, result in found]
     for group in results.by_seed(found, lambda one: one[1]):
         # Seeds of one population share all circumstances; the figure is the first one's.
-        lines += ["", *_details(*group[0], root)]
+        path, result = group[0]
+        lines += ["", *_details(path, result, root)]
         if len(group) > 1:
             lines += ["", _over_seeds([result for _, result in group])]
     return "\n".join([*lines, ""])

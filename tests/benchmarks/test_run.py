@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, attention_inputs, specs
+from benchmarks import attention, attention_inputs, curves, specs
 from benchmarks import run as command
 from benchmarks.attention_programs import AUTO, visible_keys
 from benchmarks.record import read
@@ -137,3 +137,24 @@ def test_the_goals_come_first():
     assert {case.shape.name for case in attention.cases()[:8]} == {"16K", "64K", "256K", "1M"}
     assert len({case.identity for case in attention.cases()}) == len(attention.cases())
     assert jax.devices()[0].platform == "cpu"
+
+
+def test_curves_of_each_form_and_their_distance(tmp_path):
+    path = tmp_path / "curves.json"
+    assert run("curves", "--tiny", f"--out={path}", "--steps=12") == 0
+    by_id = {m["id"]: m for m in read(path, "curves")["measurements"]}
+    plain = by_id["mamba2_hax/plain"]
+    # The first dispatch is the warm-up, and points are differences of means from then on.
+    assert plain["every"] == 2 and len(plain["loss"]) == 12 // 2 - 2
+    assert all(0 < loss < 20 for loss in plain["loss"])
+    # Without a GPU the default form is the plain one, and float32 rounds otherwise.
+    distances = by_id["mamba2_hax"]["distance_from_plain"]
+    assert distances["default"]["largest_point"] == 0
+    assert 0 < distances["plain, float32"]["largest_point"] < 0.1
+
+
+def test_distance_of_curves():
+    plain = np.zeros(40)
+    rising = np.where(np.arange(40) < 20, 0.0, 0.5)
+    found = curves.distance(rising, plain, every=10)
+    assert found == {"largest_point": 0.5, "largest_window": 0.5, "last_window": 0.5, "last_loss": 0.0}
