@@ -71,7 +71,9 @@ def _lookup_forward(table, tokens, dtype):
 def _lookup_backward(dtype, saved, d_y):
     tokens, like = saved
     named = jax.nn.one_hot(tokens, like.shape[0], dtype=dtype)
-    d_table = einsum("btv,btd->bvd", named, d_y.astype(dtype)).sum(axis=0)
+    # In this order: with the factors the other way round, members of a population that share their tokens
+    # come to a bfloat16 product that XLA cannot do on a CPU.
+    d_table = einsum("btd,btv->bdv", d_y.astype(dtype), named).sum(axis=0).T
     return d_table.astype(like.dtype), None
 
 

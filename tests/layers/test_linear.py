@@ -54,3 +54,16 @@ def test_gradient_of_a_lookup_is_that_of_take():
     np.testing.assert_allclose(fast(table), usual(table), rtol=1e-6, atol=1e-6)
     assert "scatter" in str(jax.make_jaxpr(usual)(table))
     assert "scatter" not in str(jax.make_jaxpr(fast)(table))
+
+
+def test_gradients_of_lookups_that_share_their_tokens():
+    """As the members of a population do, in the dtype that matmuls have by default."""
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 20)
+    tables, weights = normal(1, 3, 20, 6), normal(2, 3, 2, 9, 6)
+
+    def gradient(table, weight):
+        return jax.grad(lambda table: (lookup(table, tokens, BF16) * weight).sum())(table)
+
+    together = jax.jit(jax.vmap(gradient))(tables, weights)
+    for member in range(3):
+        np.testing.assert_allclose(together[member], gradient(tables[member], weights[member]), rtol=1e-6)
