@@ -21,10 +21,11 @@ class Record:
 
     Args:
       path: the file.
-      suite: 'attention', 'scans' or 'step'.
+      suite: 'attention', 'scans', 'scaling' or 'step'.
       add: keep what the file holds; a measurement of the same `id` is replaced. Otherwise begin anew.
       commit: of the code, where this is not a checkout that git knows.
       note: a remark that goes with this session.
+      about: command, devices and versions of the session, where this process is not the one that measures.
 
     Raises:
       ConfigError: `add` is asked for and the file is no record of this suite, or it cannot be written.
@@ -38,6 +39,7 @@ class Record:
         add: bool = False,
         commit: str | None = None,
         note: str | None = None,
+        about: dict[str, Any] | None = None,
     ):
         self.path, self._begin = path, time.perf_counter()
         self.content: dict[str, Any] = (
@@ -51,7 +53,7 @@ class Record:
             }
         )
         started = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
-        self.session: dict[str, Any] = {"started": started, "seconds": 0.0, **describe()}
+        self.session: dict[str, Any] = {"started": started, "seconds": 0.0, **(about or describe())}
         if commit is not None:
             self.session |= {"commit": commit, "uncommitted_changes": None}
         if note:

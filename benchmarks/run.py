@@ -4,9 +4,11 @@
     python benchmarks/run.py scans            # both recurrences against mamba_ssm's kernels
     python benchmarks/run.py step             # a training step of every row of Table 3
     python benchmarks/run.py curves           # the loss over 2,000 steps: default form against plain form
+    python benchmarks/run.py scaling          # data-parallel training on 1, 2, 4, 8 GPUs of this machine
 
 From the repository's root, in one process on one GPU; nothing else should run there. Results go to
-results/benchmarks/SUITE.json after each measurement. --tiny measures shapes that a CPU can bear, to see
+results/benchmarks/SUITE.json after each measurement; those of `scaling`, which starts processes on every GPU
+that it sees, to results/scaling/DEVICE.json. --tiny measures shapes that a CPU can bear, to see
 that everything runs. `docs/performance.md` says how to read the numbers.
 
 Exit status: 0 done, 2 bad input, said in one line.
@@ -26,7 +28,7 @@ from experiments import results
 from hax_jax.config import ConfigError
 
 _STARTED = time.perf_counter()
-SUITES = ("attention", "scans", "step", "curves")
+SUITES = ("attention", "scans", "step", "curves", "scaling")
 FOLDER = results.CHECKOUT / results.FOLDER / "benchmarks"
 
 
@@ -46,7 +48,7 @@ def _parser() -> results.Parser:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so many; 540")
     parser.add_argument("--only", default="", metavar="WORD,...", help="all of these parts in its id")
-    parser.add_argument("--out", type=pathlib.Path, help="default results/benchmarks/SUITE.json")
+    parser.add_argument("--out", type=pathlib.Path, help="default as said above")
     parser.add_argument("--add", action="store_true", help="keep what the file holds, replace same ids")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--commit", help="the code's commit, where git does not know it")
@@ -56,13 +58,16 @@ def _parser() -> results.Parser:
     step.add_argument(
         "--configs", default="", metavar="NAME,...", help="rows of Table 3; default all, of curves mamba2_hax"
     )
-    step.add_argument("--steps", type=int, help="in a sample, default 50; of a curve, default 2,000")
+    step.add_argument("--steps", type=int, help="in a sample, default 50; of a curve 2,000; of a run 200")
     step.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting to change")
     step.add_argument("--label", default="", help="stands before every id, such as 'before'")
     step.add_argument("--workers", type=int, default=0, help="processes that compile before; default none")
     step.add_argument("--breakdown", default="", metavar="NAME,...", help="compiled again without graphs")
     step.add_argument("--cache", type=pathlib.Path, help="folder of compiled programs; default none")
     step.add_argument("--compile_only", action="store_true", help="fill the folder of compiled programs")
+    scaling = parser.add_argument_group("scaling", "also --configs (one, default mamba2_hax), --steps, --set")
+    scaling.add_argument("--devices", default="", metavar="N,...", help="default 1,2,4,8 as far as there are")
+    scaling.add_argument("--simulated", type=int, default=0, metavar="N", help="on N simulated CPU devices")
     return parser
 
 
@@ -96,6 +101,10 @@ def _run(options) -> None:
         names = tuple(name for name in options.configs.split(",") if name) or curves.Options.configs
         steps = options.steps or curves.Options.steps
         curves.run(record(), curves.Options(names, tuple(options.set), steps, options.tiny))
+    elif options.suite == "scaling":
+        from benchmarks import scaling
+
+        scaling.main(options, results.CHECKOUT / results.FOLDER / "scaling")
     else:
         from benchmarks import step
 

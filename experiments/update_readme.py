@@ -17,14 +17,14 @@ from typing import Any
 # Works from a checkout that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from experiments import benchmark_tables, results, science_tables
+from experiments import benchmark_tables, results, scaling_tables, science_tables
 from experiments.comparison import readme as readme_of_comparisons
 from experiments.table import drawing
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.training.files import write_atomically
 from hax_jax.training.progress import duration
 
-FILES = ("README.md", "docs/performance.md", science_tables.FILE)
+FILES = ("README.md", "docs/performance.md", science_tables.FILE, "docs/scaling.md")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BENCHMARKS, PYTORCH, TABLES = "benchmarks", "pytorch", "table3"
 REMEDY = "run: python experiments/update_readme.py"
@@ -56,9 +56,10 @@ def main(argv: Sequence[str], root: pathlib.Path = results.CHECKOUT) -> int:
 
 def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Each file's text as it is and as it should be; a file that is not there, as one may lack, stays so."""
-    readme, performance, science = FILES
+    readme, performance, science, scaling = FILES
     filled = fill(texts[readme], section(root))
-    measured = benchmark_tables.section(root)
+    several = scaling_tables.section(root, simulated=False)
+    measured = "\n".join(filter(None, [benchmark_tables.section(root), several])) or None
     if measured is not None or f"<!-- {BENCHMARKS}:begin -->" in filled:
         filled = fill(filled, measured or "\nNo benchmarks yet.\n", BENCHMARKS)
     compared = readme_of_comparisons.section(root)
@@ -77,6 +78,9 @@ def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, s
         for name, content in science_tables.sections(root).items():
             filled = fill(filled, content, name, science)
         result[science] = text, filled
+    if text := texts[scaling]:
+        found = "\n".join(filter(None, [several, scaling_tables.section(root, simulated=True)]))
+        result[scaling] = text, fill(text, found or "\nNot measured yet.\n", "scaling", scaling)
     return result
 
 
