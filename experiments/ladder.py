@@ -65,6 +65,14 @@ VARIANTS = {
         "8 keys in all: if attention to the answer were what solves the task, far behind the reference.",
         model={"sparse_keys": 8},
     ),
+    "base_state4": Variant(
+        "No sparse branch and an eighth of the state: too little for the table, so below the reference.",
+        model={"sparse_arch": "none", "state_size": 4},
+    ),
+    "hax_state4": Variant(
+        "An eighth of the state, which makes retrieval worth more: recall rises above that of the reference.",
+        model={"state_size": 4},
+    ),
     "fast": Variant(
         "Second moment forgotten in 50 steps (adam_b2 0.98): plateaus end earlier.",
         training={"adam_b2": 0.98},
