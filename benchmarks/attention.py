@@ -1,8 +1,10 @@
 """The attention benchmark: linear sparse attention as a whole module against cuDNN's and the dense form."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +51,11 @@ class Case:
     def identity(self) -> str:
         return f"{self.shape.name}/{self.kind}/{self.contender}/{self.direction}"
 
+    @property
+    def program(self) -> tuple[str, str, str]:
+        """What has to be compiled for it: shape, contender, direction."""
+        return self.shape.name, self.contender, self.direction
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -58,20 +65,24 @@ class Options:
       seconds: after so many nothing new is begun.
       only: words that all have to be parts of a case's identity; none are all cases.
       tiny: shapes for tests.
+      workers: threads that compile before anything is timed, the most important programs first; what they
+        have not begun within half of `seconds` is left out.
       plan: how each is timed.
     """
 
     seconds: float = 540.0
     only: tuple[str, ...] = ()
     tiny: bool = False
+    workers: int = 0
     plan: timing.Plan = dataclasses.field(default_factory=timing.Plan)
 
 
 def run(record: Record, options: Options) -> None:
     """Measures ceilings, errors and all cases, the most important first, until the time is up."""
-    record.note(ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
-    bench = _Bench(record, options)
     chosen = [case for case in cases(options.tiny) if is_wanted(case.identity, options.only)]
+    ahead = _compiled_ahead(chosen, options) if options.workers else {}
+    record.note(ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
+    bench = _Bench(record, options, ahead)
     shapes = {case.shape.name: dataclasses.asdict(case.shape) for case in chosen}
     record.note(shapes=shapes)
     left_out = []
@@ -80,7 +91,8 @@ def run(record: Record, options: Options) -> None:
     for index, case in enumerate(chosen):
         if index == num_goals:
             bench.check_errors()
-        if record.elapsed + bench.expected_seconds(case) > options.seconds:
+        not_compiled = options.workers and case.program not in ahead
+        if not_compiled or record.elapsed + bench.expected_seconds(case) > options.seconds:
             left_out.append(case.identity)
         else:
             bench.measure(case)
@@ -124,14 +136,51 @@ def _goals(tiny: bool) -> list[Case]:
     return [Case(RANDOM, shape, who, _BOTH) for shape in longs for who in (best, CUDNN)]
 
 
+def _compile(case: Case) -> tuple[Program, Any, float]:
+    """The program of a case, compiled, and the seconds that took."""
+    begin = time.perf_counter()
+    built = program(case.contender, case.shape, case.direction)
+    example = jax.eval_shape(functools.partial(attention_inputs.make, RANDOM, case.shape, 0))
+    arguments = jax.eval_shape(built.arguments, example)
+    compiled = jax.jit(built.function).lower(*arguments).compile()
+    return built, compiled, time.perf_counter() - begin
+
+
+def _compiled_ahead(
+    chosen: Sequence[Case], options: Options
+) -> dict[tuple, tuple[Program, Any, float] | None]:
+    """Programs by `Case.program`, compiled side by side while nothing is timed; None where that failed."""
+    errors = [Case(RANDOM, _checked(options.tiny), form, _BOTH) for form in implementations()]
+    num_goals = len(_goals(options.tiny))
+    wanted: dict[tuple, Case] = {}
+    for case in (*chosen[:num_goals], *errors, *chosen[num_goals:]):
+        wanted.setdefault(case.program, case)
+    pool = concurrent.futures.ThreadPoolExecutor(options.workers)
+    waiting = {pool.submit(_compile, case): key for key, case in wanted.items()}
+    done, late = concurrent.futures.wait(waiting, timeout=options.seconds / 2)
+    # Those under way are waited for, since a compilation beside it would disturb what is timed.
+    pool.shutdown(wait=True, cancel_futures=True)
+    done |= {future for future in late if not future.cancelled()}
+    _say(f"compiled {len(done)} of {len(waiting)} programs")
+    return {waiting[future]: None if future.exception() else future.result() for future in done}
+
+
+def _checked(tiny: bool) -> AttentionShape:
+    """The shape at which errors are looked at."""
+    return specs.TINY_LONG[-1] if tiny else specs.CHECKED
+
+
 class _Bench:
     """Compiles each program once, keeps the inputs of the last shape, and measures."""
 
-    def __init__(self, record: Record, options: Options):
+    def __init__(
+        self, record: Record, options: Options, ahead: dict[tuple, tuple[Program, Any, float] | None]
+    ):
         self.record, self.options = record, options
         self.ceilings = record.session["ceilings"]
         self.limit = memory.limit()
-        self.compiled: dict[tuple, tuple[Program, Any, float]] = {}
+        # What failed ahead is tried again where it is measured, and says there what is wrong.
+        self.compiled = {key: found for key, found in ahead.items() if found is not None}
         self.inputs: tuple[tuple, list[Inputs], dict[str, int]] | None = None
         self.spent: dict[tuple[str, str, int], float] = {}
 
@@ -173,7 +222,7 @@ class _Bench:
 
     def check_errors(self) -> None:
         """Each form's outputs and gradients against the dense form in float32, on every kind of inputs."""
-        shape = specs.TINY_LONG[-1] if self.options.tiny else specs.CHECKED
+        shape = _checked(self.options.tiny)
         exact = jax.jit(_exact(shape))
         for form in implementations():
             for kind in (RANDOM, *HURTING):
@@ -198,15 +247,9 @@ class _Bench:
                     _say(f"{identity}: {fault}")
 
     def _program(self, case: Case) -> tuple[Program, Any, float]:
-        key = (case.shape.name, case.contender, case.direction)
-        if key not in self.compiled:
-            begin = self.record.elapsed
-            built = program(case.contender, case.shape, case.direction)
-            example = jax.eval_shape(functools.partial(attention_inputs.make, RANDOM, case.shape, 0))
-            arguments = jax.eval_shape(built.arguments, example)
-            compiled = jax.jit(built.function).lower(*arguments).compile()
-            self.compiled[key] = built, compiled, self.record.elapsed - begin
-        return self.compiled[key]
+        if case.program not in self.compiled:
+            self.compiled[case.program] = _compile(case)
+        return self.compiled[case.program]
 
     def _inputs(self, kind: str, shape: AttentionShape) -> tuple[list[Inputs], dict[str, int]]:
         """Sets of inputs, and the pairs visible in the first of them."""

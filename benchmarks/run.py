@@ -53,6 +53,9 @@ def _parser() -> results.Parser:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--commit", help="the code's commit, where git does not know it")
     parser.add_argument("--note", help="a remark on this session")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="that compile before anything is timed, of attention and step"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement; default 2")
     step = parser.add_argument_group("step and curves")
     step.add_argument(
@@ -61,7 +64,6 @@ def _parser() -> results.Parser:
     step.add_argument("--steps", type=int, help="in a sample, default 50; of a curve 2,000; of a run 200")
     step.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting to change")
     step.add_argument("--label", default="", help="stands before every id, such as 'before'")
-    step.add_argument("--workers", type=int, default=0, help="processes that compile before; default none")
     step.add_argument("--breakdown", default="", metavar="NAME,...", help="compiled again without graphs")
     step.add_argument("--cache", type=pathlib.Path, help="folder of compiled programs; default none")
     step.add_argument("--compile_only", action="store_true", help="fill the folder of compiled programs")
@@ -88,7 +90,7 @@ def _run(options) -> None:
     if options.suite == "attention":
         from benchmarks import attention
 
-        attention.run(record(), attention.Options(options.seconds, only, options.tiny, plan))
+        attention.run(record(), attention.Options(options.seconds, only, options.tiny, options.workers, plan))
     elif options.suite == "scans":
         # PyTorch's kernels run in the same process and need memory of their own.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")

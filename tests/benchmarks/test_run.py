@@ -22,7 +22,8 @@ def run(*arguments) -> int:
 def measured(tmp_path_factory):
     """The attention suite's measurements of one form, and of what is not there on a CPU."""
     path = tmp_path_factory.mktemp("benchmarks") / "attention.json"
-    assert run("attention", "--tiny", f"--out={path}", "--only=128,xla,forward_backward") == 0
+    one_form = "--only=128,xla,forward_backward"
+    assert run("attention", "--tiny", f"--out={path}", one_form, "--workers=2") == 0
     other = "--only=64,random,cudnn,forward_backward"
     assert run("attention", "--tiny", f"--out={path}", other, "--add") == 0
     return path
