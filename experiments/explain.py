@@ -7,6 +7,7 @@ Minutes on a laptop; the items are made on the spot. The file holds, for the bes
 - `item`: one real item, and the keys that each source shows to each scored query;
 - `offsets`: the share of scored queries that see the position so many places after their answer, and the
   weight that attention puts there, by layer and source;
+- `kinds`: where attention looks, by kinds of tokens: mean weights of queries of a kind on keys of a kind;
 - `buckets`: how many keys share a hash code in the largest tables;
 - `ablations`: accuracy with branches taken out, and with other hash projections;
 - `larger`: accuracy on tables larger than any in training, with the number of token ids never trained.
@@ -34,6 +35,8 @@ from experiments import results
 from hax_jax.config import ConfigError, DataConfig
 from hax_jax.data import make_split
 from hax_jax.data.batch import Batch
+from hax_jax.data.joint_recall import FIRST_VALUE, SEPARATOR, first_context, first_key
+from hax_jax.layers.hax import BranchOutput, RoutingDraws
 from hax_jax.ops import HashBuckets, KeySet
 from hax_jax.training import Trained, TrainingError, environment, load, recall, score
 from hax_jax.training.evaluate import Evaluator
@@ -41,9 +44,20 @@ from hax_jax.training.files import plain
 from hax_jax.training.relabel import RelabeledSplit, check_fits
 from hax_jax.training.sharding import make_mesh, put_replicated
 from hax_jax.training.state import Purpose
+from hax_jax.training.step import sequence_accuracy
 
 FOLDER = results.CHECKOUT / results.FOLDER / "explained"
-FIELDS = ("name", "step", "item", "offsets", "buckets", "ablations", "larger")
+FIELDS = ("name", "step", "item", "offsets", "kinds", "buckets", "ablations", "larger")
+KINDS = (
+    "start",
+    "separator",
+    "told value",
+    "told key",
+    "told context",
+    "asked value",
+    "asked key",
+    "asked context",
+)
 # The value's key, the value, and as far on as a convolution of four positions still holds it.
 OFFSETS = (-1, 0, 1, 2, 3)
 LARGER = ((16, 16), (17, 16), (20, 16), (32, 16), (16, 17), (16, 20), (20, 20), (32, 32))
@@ -102,8 +116,9 @@ def explain(trained: Trained, options: Any) -> dict[str, Any]:
         "sources": list(trained.experiment.model.sources),
         "item": item(run(shown), shown),
         "offsets": offsets(output, largest),
+        "kinds": kinds(output, largest, task),
         "buckets": buckets(output, largest, trained.experiment.model.num_hash),
-        "ablations": ablations(trained, task, options),
+        "ablations": ablations(trained, task, options, output, largest),
         "larger": larger(trained, task, options),
     }
 
@@ -153,6 +168,29 @@ def offsets(output: Any, batch: Batch) -> dict[str, Any]:
     return {**sizes, "num_queries": int(used.sum()), "offset": list(OFFSETS), **found}
 
 
+def kinds(output: Any, batch: Batch, task: DataConfig) -> dict[str, Any]:
+    """Mean weights by kinds of tokens: `weight[layer][kind of query][kind of key]`, in the order of `kind`.
+
+    'told' tokens stand before the separator, 'asked' ones after it.
+    """
+    member = np.eye(len(KINDS))[kind_numbers(batch, task)] * np.asarray(batch.padding_mask)[..., None]
+    weight = []
+    for layer, masks in zip(output.layers, _masks(output), strict=True):
+        weights = _weights(layer.branch, np.logical_or.reduce(masks))
+        total = np.einsum("btk,bts,bsl->kl", member, weights, member, optimize=True)
+        weight.append(np.round(total / member.sum((0, 1))[:, None], 4).tolist())
+    return {"kind": list(KINDS), "weight": weight}
+
+
+def kind_numbers(batch: Batch, task: DataConfig) -> np.ndarray:
+    """Which of `KINDS` each token is, (b, t); of no meaning at pads."""
+    tokens, position = np.asarray(batch.tokens), np.arange(batch.tokens.shape[1])
+    asked = (tokens == SEPARATOR).argmax(1)[:, None] < position
+    first = np.searchsorted([FIRST_VALUE, first_key(task), first_context(task)], tokens, side="right")
+    # 0 for the two marks; then values, keys and contexts, told ones first.
+    return np.where(first == 0, np.where(tokens == SEPARATOR, 1, 0), 1 + first + 3 * asked)
+
+
 def buckets(output: Any, batch: Batch, num_hash: int) -> list[dict[str, Any]]:
     """How full hash buckets are, layer by layer: the mean number of keys of the fullest, the next, and so on.
 
@@ -181,8 +219,11 @@ def buckets(output: Any, batch: Batch, num_hash: int) -> list[dict[str, Any]]:
     return found
 
 
-def ablations(trained: Trained, task: DataConfig, options: Any) -> dict[str, Any]:
-    """Accuracy over all table sizes of the training as it is, and with parts taken out or exchanged."""
+def ablations(trained: Trained, task: DataConfig, options: Any, output: Any, batch: Batch) -> dict[str, Any]:
+    """Accuracy over all table sizes of the training as it is, and with parts taken out or exchanged.
+
+    `output`, what the model makes of `batch`, gives the means that stand in for branches.
+    """
     scales = [name for name in trained.params if name.endswith("output_scale")]
     without = lambda names: {  # noqa: E731
         name: jnp.zeros_like(x) if name in names else x for name, x in trained.params.items()
@@ -211,7 +252,48 @@ def ablations(trained: Trained, task: DataConfig, options: Any) -> dict[str, Any
         assert results_of_form is not None
         accuracy[name] = round(results_of_form[0].accuracy, 5)
         _say(f"{name}: {100 * accuracy[name]:.2f}%")
+    real = np.asarray(batch.padding_mask)
+    means = [np.asarray(layer.branch.output, np.float32)[real].mean(0) for layer in output.layers]
+    both = dict(enumerate(means))
+    for name, vectors in {
+        "a constant for the branch of layer 1": {0: means[0]},
+        "constants for both branches": both,
+    }.items():
+        accuracy[name] = round(_accuracy_with(trained, vectors, task, options.batch_size), 5)
+        _say(f"{name}: {100 * accuracy[name]:.2f}%")
     return {"num_items": task.num_pairs, "accuracy": accuracy}
+
+
+class _Constant:
+    """Stands in for a branch: adds the same vector at every position, whatever the input."""
+
+    def __init__(self, vector: np.ndarray):
+        self.vector = vector
+
+    def draw(self, *_: Any) -> RoutingDraws:
+        return RoutingDraws()
+
+    def __call__(self, v: jax.Array, *_: Any, **__: Any) -> BranchOutput:
+        same = jnp.broadcast_to(jnp.asarray(self.vector, v.dtype), v.shape)
+        return BranchOutput(same, same, v, v, v, KeySet(()), jnp.zeros(()))
+
+
+def _accuracy_with(
+    trained: Trained, vectors: dict[int, np.ndarray], task: DataConfig, batch_size: int
+) -> float:
+    """Accuracy with constants in place of the branches of some layers, by their numbers."""
+
+    @jax.jit
+    def right(batch):
+        model: Any = trained.model
+        for index, vector in vectors.items():
+            model.layers[index].mixer.hax = _Constant(vector)
+        output = model(batch.tokens, padding_mask=batch.padding_mask, scored=batch.scored)
+        return sequence_accuracy(output.logits, batch).sum()
+
+    split = make_split(task, "test")
+    batches = split.iterator(batch_size, repeat=False)
+    return sum(float(right(split.materialize(raw))) for raw in batches) / task.num_pairs
 
 
 def larger(trained: Trained, task: DataConfig, options: Any) -> list[dict[str, Any]]:

@@ -85,11 +85,11 @@ def _draw_buckets(axes: Any, result: dict[str, Any]) -> None:
 def _draw_parts(axes: Any, result: dict[str, Any]) -> None:
     accuracy = result["ablations"]["accuracy"]
     values = [100 * value for value in accuracy.values()]
-    axes.barh(list(accuracy), values, color=BAR)
-    for row, value in enumerate(values):
-        axes.text(1, row, f"{value:.1f}", va="center", fontsize=8)
+    axes.barh(range(len(values)), values, color=BAR)
+    for row, (name, value) in enumerate(zip(accuracy, values, strict=True)):
+        axes.text(1, row, f"{name}: {value:.1f}", va="center", fontsize=8)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=8)
+    axes.set_yticks([])
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy (%)")
     axes.set_title(f"parts, {result['ablations']['num_items']} items of all sizes", fontsize=9)
@@ -97,11 +97,12 @@ def _draw_parts(axes: Any, result: dict[str, Any]) -> None:
 
 def _draw_larger(axes: Any, result: dict[str, Any]) -> None:
     found = result["larger"]
-    names = [f"{x['n_context']} x {x['n_key']}" for x in found]
-    axes.barh(names, [100 * x["accuracy"] for x in found], color=BAR)
-    for row, entry in enumerate(found):
-        text = f"{100 * entry['accuracy']:.1f}, {entry['never_trained']} ids never trained"
+    axes.barh(range(len(found)), [100 * x["accuracy"] for x in found], color=BAR)
+    for row, x in enumerate(found):
+        size, accuracy = f"{x['n_context']} x {x['n_key']}", f"{100 * x['accuracy']:.1f}"
+        text = f"{size}: {accuracy}, {x['never_trained']} ids never trained"
         axes.text(1, row, text, va="center", fontsize=8)
+    axes.set_yticks([])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy (%)")

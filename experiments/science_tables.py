@@ -64,6 +64,12 @@ def explained(result: dict[str, Any]) -> str:
         [layer + 1, "weight", *(f"{100 * x:.1f}" for x in weight)]
         for layer, weight in enumerate(found["weight"])
     ]
+    kinds, weights = result["kinds"]["kind"], result["kinds"]["weight"]
+    looks = [
+        [layer + 1, kind, *(f"{100 * x:.0f}" for x in row)]
+        for layer, by_kind in enumerate(weights)
+        for kind, row in zip(kinds[2:], by_kind[2:], strict=True)
+    ]
     offsets = [f"{offset:+d}" if offset else "answer" for offset in found["offset"]]
     parts = result["ablations"]["accuracy"]
     empty = ", ".join(
@@ -75,6 +81,9 @@ def explained(result: dict[str, Any]) -> str:
             f"queries of {found['n_context']} x {found['n_key']} tables that see the position so far from "
             f"their answer, and the weight that attention puts there. Queries of an empty bucket: {empty}.",
             _table(("layer", "source", *offsets), rows),
+            "\nWhere attention looks: percent of the weight of queries of a kind on keys of each kind.",
+            _table(("layer", "query", *kinds), looks),
+            "\nAccuracy of the same weights in other forms, and on larger tables.",
             _table(
                 ("form", "accuracy"),
                 [[name, f"{100 * x:.1f}%"] for name, x in parts.items()],

@@ -61,6 +61,10 @@ def test_numbers_are_shares_and_parts_are_those_of_the_model(explained):
     assert np.shape(result["offsets"]["visible"]) == (2, 2, len(explain.OFFSETS))
     assert np.min(result["offsets"]["visible"]) >= 0 and np.max(result["offsets"]["visible"]) <= 1
     assert 0 < np.max(result["offsets"]["weight"]) <= 1
+    for weight in np.asarray(result["kinds"]["weight"]):
+        # Causal routing sees no token of a later kind, and a row without a key weighs nothing.
+        assert weight[0, 0] <= 1 and weight[0, 1:].max() == 0 and weight[2:5, 5:].max() == 0
+        assert weight.sum(1).max() == pytest.approx(1, abs=1e-3)
     for layer in result["buckets"]:
         # Every token but the last lies in some bucket.
         assert sum(layer["occupancy"]) == pytest.approx(31, abs=0.1)
@@ -70,6 +74,8 @@ def test_numbers_are_shares_and_parts_are_those_of_the_model(explained):
         "without the branch of layer 2",
         "without both branches",
         "other hash projections",
+        "a constant for the branch of layer 1",
+        "constants for both branches",
     ]
     (larger,) = result["larger"]
     assert (larger["n_context"], larger["never_trained"], larger["num_items"]) == (4, 2, 1)
