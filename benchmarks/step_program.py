@@ -11,17 +11,9 @@ import numpy as np
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, take_raws
+from hax_jax.training.dispatch import make_update, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import (
-    kernels_over,
-    make_mesh,
-    put_batch,
-    put_replicated,
-    replicated,
-    split_rows,
-)
-from hax_jax.training.step import make_rated_step
+from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated, split_rows
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
@@ -89,16 +81,10 @@ class StepProgram:
         self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
         self.beginning = initialise.prepare(experiment, None, make_optimizer(training), mesh)
         self.materialize = split_rows(mesh, split.materialize)
-        step = make_rated_step(self.beginning.structure, self.materialize, training)
         members = experiment.members
-        if members:
-            step = jax.vmap(step, in_axes=(0, None, 0))
-        platform = jax.devices()[0].platform
-        self.steps = steps or steps_per_dispatch(training, platform)
-        self._update = jax.jit(
-            kernels_over(mesh, make_dispatch(step, known_length=platform != "cpu")),
-            donate_argnums=0,
-            out_shardings=replicated(mesh),
+        self.steps = steps or steps_per_dispatch(training, jax.devices()[0].platform)
+        self._update = make_update(
+            self.beginning, split.materialize, training, mesh, population=bool(members)
         )
         rates = [member.training.learning_rate for member in members] or training.learning_rate
         self._rate = put_replicated(mesh, np.asarray(rates, np.float32))
@@ -118,7 +104,7 @@ class StepProgram:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self.beginning.shapes
         )
-        lowered = self._update.lower(shapes, self.next_raws(), np.int32(self.steps), self._rate)
+        lowered = self._update.lower(shapes, self.next_raws(), np.int32(self.steps), self._rate, None)
         traced = time.perf_counter()
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
@@ -139,7 +125,7 @@ class StepProgram:
     def dispatch(self) -> dict[str, jax.Array]:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
         raws, self._next = self.next_raws(), None
-        self.state, metrics = self.compiled(self.state, raws, np.int32(self.steps), self._rate)
+        self.state, metrics = self.compiled(self.state, raws, np.int32(self.steps), self._rate, None)
         return metrics
 
     def next_raws(self) -> Any:

@@ -7,8 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hax_jax.config import TrainingConfig
+from hax_jax.data.batch import Batch
+from hax_jax.training.flat import FlatStructure
+from hax_jax.training.initialise import Beginning
+from hax_jax.training.sharding import kernels_over, replicated, split_rows
+from hax_jax.training.step import make_rated_step
 
 # Without a setting this is the most: enough that the host costs nothing, few enough that a signal is
 # heeded soon.
@@ -51,6 +57,48 @@ def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False)
         return jax.lax.fori_loop(0, turns, body, (state, metrics))
 
     return dispatch
+
+
+def make_update(
+    beginning: Beginning,
+    materialize: Callable[[Any], Batch],
+    training: TrainingConfig,
+    mesh: Mesh,
+    *,
+    population: bool,
+) -> Any:
+    """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> (state, metrics).
+
+    Inside it small parameters are one vector (`FlatStructure`); states are taken and given tensor by tensor.
+
+    Args:
+      beginning: what is known of the run.
+      materialize: from a raw batch to a `Batch`.
+      training: the settings.
+      mesh: the devices, which hold the state whole.
+      population: whether state, metrics and `peak` have a leading axis of members. All take the same
+        batches, as they do alone: these depend on the data's seed.
+
+    Returns:
+      A jitted function, which takes over the memory of the state.
+    """
+    shapes = beginning.shapes.params
+    if population:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    flat = FlatStructure(beginning.structure, shapes)
+    step = make_rated_step(flat, split_rows(mesh, materialize), training)
+    pack, unpack = flat.pack_state, flat.unpack_state
+    if population:
+        step = jax.vmap(step, in_axes=(0, None, 0, None))
+        pack, unpack = jax.vmap(pack), jax.vmap(unpack)
+    dispatch = make_dispatch(step, known_length=mesh.devices.flat[0].platform != "cpu")
+
+    def steps(state, raws, count, peak, kept):
+        # What is packed must not be fused with the updates, or it would be packed anew in each.
+        packed, metrics = dispatch(jax.lax.optimization_barrier(pack(state)), raws, count, peak, kept)
+        return unpack(packed), metrics
+
+    return jax.jit(kernels_over(mesh, steps), donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def steps_per_dispatch(training: TrainingConfig, platform: str) -> int:

@@ -20,7 +20,7 @@ from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
 from hax_jax.training.dispatch import (
     dispatches_ahead,
-    make_dispatch,
+    make_update,
     steps_per_dispatch,
     steps_until_due,
     take_raws,
@@ -33,17 +33,9 @@ from hax_jax.training.processes import SharedStop
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
 from hax_jax.training.restore import read_best
-from hax_jax.training.sharding import (
-    kernels_over,
-    make_mesh,
-    put_batch,
-    put_replicated,
-    replicated,
-    split_rows,
-)
+from hax_jax.training.sharding import make_mesh, put_batch, put_replicated
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
-from hax_jax.training.step import make_rated_step
 from hax_jax.training.workdir import RunFolder, RunResult
 
 # Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
@@ -144,12 +136,9 @@ class Run:
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
         structure, members = self.beginning.structure, experiment.members
-        step = make_rated_step(structure, split_rows(self.mesh, splits["train"].materialize), training)
-        # All members take the same batch, as they do alone: it depends on the data's seed.
-        step = jax.vmap(step, in_axes=(0, None, 0, None)) if members else step
         self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
-        dispatch = kernels_over(self.mesh, make_dispatch(step, known_length=not self._on_cpu()))
-        self.update = jax.jit(dispatch, donate_argnums=0, out_shardings=replicated(self.mesh))
+        materialize = splits["train"].materialize
+        self.update = make_update(self.beginning, materialize, training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members or [experiment]]
         self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))
         self.evaluators = make_evaluators(structure, splits, experiment, self.mesh)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
 from hax_jax.training.adapter import apply, logits_and_gate_loss
+from hax_jax.training.flat import FlatStructure
 from hax_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hax_jax.training.recall import visible_shares
 from hax_jax.training.state import BAD_PARTS, SUMMED, ModelStructure, Purpose, TrainState, buffers_of
@@ -46,7 +47,7 @@ def sequence_accuracy(logits: Float[Array, "b s v"], batch: Batch) -> Float[Arra
 
 
 def make_train_step(
-    structure: ModelStructure,
+    structure: ModelStructure | FlatStructure,
     materialize: Callable[[Any], Batch],
     optimizer: optax.GradientTransformation,
     training: TrainingConfig,
@@ -105,7 +106,7 @@ def make_train_step(
 
 
 def make_rated_step(
-    structure: ModelStructure, materialize: Callable[[Any], Batch], training: TrainingConfig
+    structure: ModelStructure | FlatStructure, materialize: Callable[[Any], Batch], training: TrainingConfig
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """As `make_train_step`, with more arguments: step(state, raw, peak, kept) -> (state, metrics).
 
@@ -155,7 +156,9 @@ def make_eval_step(structure: ModelStructure) -> Callable[..., Sums]:
     return eval_step
 
 
-def _make_objective(structure: ModelStructure, training: TrainingConfig) -> Callable[..., Any]:
+def _make_objective(
+    structure: ModelStructure | FlatStructure, training: TrainingConfig
+) -> Callable[..., Any]:
     """What is differentiated: a batch's part of the loss, with its metrics and the model's new buffers."""
 
     def objective(params, buffers, batch, key, num_scored):
