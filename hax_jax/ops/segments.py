@@ -8,7 +8,12 @@ int32 numbers; equal neighbours belong together, and an id is not used again lat
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from hax_jax.ops.numerics import einsum, pad_time, wide
+
+# Positions that `running_sum` adds up by one product.
+BLOCK = 64
 
 
 def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
@@ -40,23 +45,42 @@ def ends(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return lax.cummin(after, axis=1, reverse=True)
 
 
-def running_sum(x: Array, segment_ids: Int[Array, "b t"] | None) -> Array:
-    """Inclusive sum over time of x (b, t, ...), begun anew in every segment.
+def running_sum(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None) -> Array:
+    """Inclusive sum over time of x (b, t, n), begun anew in every segment; at least float32.
 
     A boundary must not leave the rounding of earlier segments behind, as a difference of two long sums
-    would, so this is a scan whose sum restarts.
+    would. Blocks of positions, then the sums of blocks, are multiplied by matrices of 0 and 1 that say what
+    belongs together: few passes, where a scan whose sum restarts has two for each doubling of the length.
     """
+    x = x.astype(wide(x.dtype))
     if segment_ids is None:
         return jnp.cumsum(x, axis=1)
-    restart = starts(segment_ids).reshape(segment_ids.shape + (1,) * (x.ndim - 2))
+    length = x.shape[1]
+    restarts = _in_blocks(starts(segment_ids))
+    broken = jnp.cumsum(restarts, axis=2, dtype=jnp.int32)
+    within = einsum("bcts,bcsn->bctn", _earlier_alike(broken, x.dtype), _in_blocks(x))
+    # What a block hands on is the sum of its last segment: as much of it as the block holds.
+    num_blocks = broken.shape[1]
+    if num_blocks == 1:
+        return within[:, 0, :length]
+    handed_on, is_broken = within[:, :-1, -1], broken[:, 1:-1, -1] > 0
+    breaks = jnp.pad(jnp.cumsum(is_broken, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    arriving = running_sum(handed_on, breaks)
+    # Nothing arrives at the first block.
+    arriving = jnp.pad(arriving, ((0, 0), (1, 0), (0, 0)))
+    y = within + jnp.where((broken == 0)[..., None], arriving[:, :, None], 0)
+    return y.reshape(x.shape[0], -1, x.shape[2])[:, :length]
 
-    def combine(left, right):
-        left_sum, left_restart = left
-        right_sum, right_restart = right
-        return jnp.where(right_restart, right_sum, left_sum + right_sum), left_restart | right_restart
 
-    restart = jnp.broadcast_to(restart, x.shape)
-    return lax.associative_scan(combine, (x, restart), axis=1)[0]
+def _in_blocks(x):
+    x = pad_time(x, BLOCK)
+    return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
+
+
+def _earlier_alike(number, dtype):
+    """1 where s <= t and the numbers of both are equal, else 0: (..., t, s)."""
+    alike = number[..., :, None] == number[..., None, :]
+    return (alike & jnp.tril(jnp.ones((number.shape[-1],) * 2, bool))).astype(dtype)
 
 
 def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, ...]) -> jax.Array:
