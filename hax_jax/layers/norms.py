@@ -1,5 +1,7 @@
 """Root-mean-square norms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,12 +12,41 @@ from hax_jax.ops import gated_rms_norm
 from hax_jax.ops.numerics import wide
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 @jax.named_scope("norm")
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
-    """weight x / sqrt(mean(x^2) + eps) over the last axis; the result is at least float32."""
-    dtype = wide(x.dtype, weight.dtype)
-    x = x.astype(dtype)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(dtype)
+    """weight x / sqrt(mean(x^2) + eps) over the last axis; the result is at least float32.
+
+    For the backward pass only x is kept: a kept scale would have to be written by a pass of its own.
+    """
+    x, scale = _scaled(x, weight, eps)
+    return x * scale * weight.astype(x.dtype)
+
+
+def _scaled(x, weight, eps):
+    """x, at least float32, and 1 / sqrt(mean(x^2) + eps)."""
+    x = x.astype(wide(x.dtype, weight.dtype))
+    return x, jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x, weight, eps):
+    return rms_norm(x, weight, eps), (x, weight)
+
+
+@jax.named_scope("norm")
+def _rms_norm_backward(eps, saved, d_y):
+    inputs, weight = saved
+    # Without the barrier the compiler finds that this is the forward pass' scale, and keeps that one.
+    x, scale = _scaled(jax.lax.optimization_barrier(inputs), weight, eps)
+    d_scaled = d_y * weight.astype(x.dtype)
+    # y does not change when x grows: what points along x is taken out.
+    along = jnp.mean(d_scaled * x, axis=-1, keepdims=True)
+    d_x = scale * (d_scaled - x * (scale * scale * along))
+    d_weight = (d_y * x * scale).sum(axis=tuple(range(x.ndim - 1)))
+    return d_x.astype(inputs.dtype), d_weight.astype(weight.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RMSNorm(nnx.Module):
