@@ -1,6 +1,8 @@
 """Linear map and embedding with the project's precision rules."""
 
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -12,6 +14,8 @@ from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
 from hax_jax.ops.numerics import einsum
 
+# A gradient of W summed over at least so many positions is summed in so many parts side by side.
+_MANY_POSITIONS, _MOST_PARTS = 1 << 13, 64
 # A table of more rows than this has its gradient scattered: few tokens share a row, and a 0/1 row is long.
 _FEW_ROWS = 1024
 
@@ -45,8 +49,51 @@ def _matmul_backward(dtype, saved, d_y):
     x, kernel, like = saved
     d_y = d_y.astype(dtype)
     d_x = einsum("...o,io->...i", d_y, kernel.astype(dtype))
-    d_kernel = einsum("mi,mo->io", x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+    d_kernel = _sum_of_products(x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
     return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def split_matmul(
+    x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], sizes: tuple[int, ...], dtype: Any
+) -> tuple[Float[Array, "*batch p"], ...]:
+    """`matmul`, its columns in blocks of these sizes, each an array of its own.
+
+    Kernels take whole arrays: a block of the columns of one product would be copied for them.
+    """
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    ends = list(itertools.accumulate(sizes))[:-1]
+    # Behind a barrier the compiler does not see that the products share a factor, and leaves them apart.
+    factors = jax.lax.optimization_barrier((x,) * len(sizes))
+    return tuple(
+        einsum("...i,io->...o", factor, block)
+        for factor, block in zip(factors, jnp.split(kernel, ends, axis=1), strict=True)
+    )
+
+
+def _split_matmul_forward(x, kernel, sizes, dtype):
+    saved = x.astype(dtype), kernel, jnp.empty(0, x.dtype)
+    return split_matmul(x, kernel, sizes, dtype), saved
+
+
+def _split_matmul_backward(sizes, dtype, saved, d_blocks):
+    d_y = jnp.concatenate([d_block.astype(dtype) for d_block in d_blocks], axis=-1)
+    return _matmul_backward(dtype, saved, d_y)
+
+
+split_matmul.defvjp(_split_matmul_forward, _split_matmul_backward)
+
+
+def _sum_of_products(x, d_y):
+    """x^T d_y for x (m, i) and d_y (m, o), at least float32."""
+    positions = x.shape[0]
+    parts = math.gcd(positions, _MOST_PARTS)
+    if positions < _MANY_POSITIONS or parts < _MOST_PARTS // 8:
+        return einsum("mi,mo->io", x, d_y)
+    # A small W is a few tiles, and a GPU has many processors. Left to itself, XLA divides the sum too, but
+    # copies both factors first where its parts do not divide the positions.
+    x, d_y = (array.reshape(parts, -1, array.shape[1]) for array in (x, d_y))
+    return einsum("pmi,pmo->pio", x, d_y).sum(axis=0)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -88,6 +135,7 @@ class Linear(nnx.Module):
       scale: standard deviation of the initial W; the bias starts at 0.
       use_bias: whether there is a bias.
       kernel_bound: if given, W starts uniform in +-bound instead.
+      inner: whether what it returns stays inside of a mixer (`Precision.inner`).
       precision: dtypes; products accumulate in at least float32.
       rngs: `rngs.params()` gives the initial values' key.
     """
@@ -100,6 +148,7 @@ class Linear(nnx.Module):
         scale: float = 0.0,
         use_bias: bool = False,
         kernel_bound: float | None = None,
+        inner: bool = False,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -111,13 +160,20 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros(out_size, precision.param)) if use_bias else None
         self.precision = precision
+        self.dtype = precision.inner if inner else precision.activation
 
     @jax.named_scope("linear")
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         y = matmul(x, self.kernel[...], self.precision.matmul)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
-        return y.astype(self.precision.activation)
+        return y.astype(self.dtype)
+
+    @jax.named_scope("linear")
+    def split(self, x: Float[Array, "*batch i"], *sizes: int) -> tuple[Float[Array, "*batch p"], ...]:
+        """x W of a map without a bias, by blocks of columns of these sizes; at least float32."""
+        assert self.bias is None
+        return split_matmul(x, self.kernel[...], sizes, self.precision.matmul)
 
 
 class Embedding(nnx.Module):

@@ -69,9 +69,9 @@ class Mamba(nnx.Module):
         settings: dict[str, Any] = {"scale": config.initializer_range, "precision": precision, "rngs": rngs}
         self.in_proj = Linear(config.hidden_size, 2 * inner, **settings)
         self.conv = CausalConv(inner, config, bound=config.conv_kernel**-0.5, rngs=rngs)
-        self.x_proj = Linear(inner, rank + 2 * state, **settings)
+        self.x_proj = Linear(inner, rank + 2 * state, inner=True, **settings)
         self.dt_proj = Linear(
-            rank, inner, kernel_bound=rank**-0.5, use_bias=True, precision=precision, rngs=rngs
+            rank, inner, kernel_bound=rank**-0.5, use_bias=True, inner=True, precision=precision, rngs=rngs
         )
         assert self.dt_proj.bias is not None
         self.dt_proj.bias[...] = initializers.time_step_bias(rngs.params(), inner, config, precision.param)
@@ -96,7 +96,8 @@ class Mamba(nnx.Module):
         `keep` picks the positions that are wanted, as early as the mixer can do without the others.
         """
         state = self.config.state_size
-        x, gate = jnp.split(self.in_proj(u), 2, axis=-1)
+        inner = self.config.inner_size
+        x, gate = (part.astype(self.precision.inner) for part in self.in_proj.split(u, inner, inner))
         x = sequence.hide_pads(self.conv(sequence.hide_pads(x), sequence))
         rank_dt, B, C = jnp.split(
             self.x_proj(x), [self.config.time_step_rank, self.config.time_step_rank + state], -1

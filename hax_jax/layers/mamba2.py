@@ -37,9 +37,8 @@ class Mamba2(nnx.Module):
         self._bc_size = config.n_groups * config.state_size
         conv_size = inner + 2 * self._bc_size
         scale = config.initializer_range
-        self.in_proj = Linear(
-            config.hidden_size, inner + conv_size + heads, scale=scale, precision=precision, rngs=rngs
-        )
+        in_size = inner + conv_size + heads
+        self.in_proj = Linear(config.hidden_size, in_size, scale=scale, precision=precision, rngs=rngs)
         self.conv = CausalConv(conv_size, config, scale=scale, rngs=rngs)
         self.dt_bias = nnx.Param(initializers.time_step_bias(rngs.params(), heads, config, precision.param))
         self.A_log = nnx.Param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)).astype(precision.param))
@@ -68,7 +67,10 @@ class Mamba2(nnx.Module):
         """
         config = self.config
         inner, heads = config.inner_size, config.num_heads
-        gate, conv_in, dt = jnp.split(self.in_proj(sequence.hide_pads(u)), [inner, -heads], axis=-1)
+        conv_size = inner + 2 * self._bc_size
+        gate, conv_in, dt = self.in_proj.split(sequence.hide_pads(u), inner, conv_size, heads)
+        gate, conv_in = gate.astype(self.precision.inner), conv_in.astype(self.precision.inner)
+        dt = dt.astype(self.precision.activation)
         conv_out = sequence.hide_pads(self.conv(conv_in, sequence))
         x, B, C = jnp.split(conv_out, [inner, inner + self._bc_size], axis=-1)
 
@@ -92,6 +94,7 @@ class Mamba2(nnx.Module):
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)
             y = y + branch.output
+        y = y.astype(self.precision.inner)
         if keep is not None:
             y, gate = keep(y), keep(gate)
         return self.out_proj(self.norm(y, gate)), branch

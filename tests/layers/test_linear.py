@@ -67,3 +67,20 @@ def test_gradients_of_lookups_that_share_their_tokens():
     together = jax.jit(jax.vmap(gradient))(tables, weights)
     for member in range(3):
         np.testing.assert_allclose(together[member], gradient(tables[member], weights[member]), rtol=1e-6)
+
+
+def test_gradient_over_many_positions_is_the_sum_of_that_over_parts():
+    """8,192 positions are summed in 64 parts side by side, 8,191 in one."""
+    x, kernel, weight = normal(0, 8192, 6), normal(1, 6, 5), normal(2, 8192, 5)
+
+    def gradient(count):
+        return jax.grad(lambda kernel: (matmul(x[:count], kernel, BF16) * weight[:count]).sum())
+
+    for count in (8191, 8192):
+        exact = np.asarray(x[:count].astype(BF16), np.float64).T @ np.asarray(weight[:count].astype(BF16))
+        np.testing.assert_allclose(gradient(count)(kernel), exact, rtol=1e-4, atol=1e-3)
+        shapes = re.findall(
+            r"dot_general.*?: \(tensor<([\dx]+)xbf16>, tensor<([\dx]+)xbf16>",
+            jax.jit(gradient(count)).lower(kernel).as_text(),
+        )
+        assert (("64x128x6", "64x128x5") in shapes) == (count == 8192)
