@@ -117,6 +117,16 @@ class Packing:
         return moved.reshape(*in_items.shape, *x.shape[2:])
 
     @jax.named_scope("packing")
+    def at(self, x: Array, position: Int[Array, "m k"]) -> Array:
+        """The vectors of rows x (r, l, ...) at positions of each item, (m, k, ...), zeros beyond its end.
+
+        To be looked at only: gradients, where there are any, are scattered.
+        """
+        source = jnp.where(position < self.length[:, None], self.first[:, None] + position, -1)
+        found = _gather(x.reshape(1, -1, *x.shape[2:]), source.reshape(1, -1))
+        return found.reshape(*source.shape, *x.shape[2:])
+
+    @jax.named_scope("packing")
     def to_rows(self, x: Array) -> Array:
         """Padded items (m, padded_length, ...) as rows (r, l, ...), zeros where there is no item."""
         in_items, in_rows = self._places()

@@ -1,6 +1,7 @@
 """The sparse attention branch: queries, keys, which keys are visible, and the attention over them."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from hax_jax.config import ModelConfig
-from hax_jax.layers.key_scorer import KeyScorer, gate_loss
+from hax_jax.layers.key_scorer import KeyScorer, gate_loss, sample_keys
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
 from hax_jax.layers.routing import RULES, parity
@@ -79,6 +80,14 @@ class BranchOutput:
     key_scores: jax.Array | None = None
     sampled_scores: jax.Array | None = None
     sampled_targets: jax.Array | None = None
+
+
+class _Scored(NamedTuple):
+    """What the key scorer was given, and its scores; of packed rows as padded items where pads count."""
+
+    keys: jax.Array
+    summary: jax.Array
+    scores: jax.Array
 
 
 class HaxBranch(nnx.Module):
@@ -161,10 +170,10 @@ class HaxBranch(nnx.Module):
         """
         sequence = sequence or Sequence()
         draws = draws or RoutingDraws()
-        n = self.config.state_size
-        keys, queries = jnp.split(self.key_query_proj(v), 2, axis=-1)
+        n, inner = self.config.state_size, self.precision.inner
+        keys, queries = (part.astype(inner) for part in self.key_query_proj.split(v, n, n))
         keys = keys * n**-0.5
-        key_set, key_scores = self._choose_keys(queries, keys, sequence, draws)
+        key_set, scored = self._choose_keys(queries, keys, sequence, draws)
 
         head = lambda x: x.astype(self.precision.matmul)[:, :, None]  # noqa: E731
         packed = sequence.packing is not None
@@ -180,14 +189,18 @@ class HaxBranch(nnx.Module):
         )[:, :, 0]
         if packed and self._rule.EMPTY_ROWS == "uniform":
             attention = self._uniform_where_empty(attention, queries, keys, v, key_set, sequence)
-        output = (attention * self.output_scale[...]).astype(self.precision.activation)
-        result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()), key_scores)
-        if not train or key_scores is None:
+        output = (attention * self.output_scale[...]).astype(self.precision.inner)
+        result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()))
+        if scored is None:
             return result
-        return self._with_gate_loss(result, sequence, draws)
+        key_scores = scored.scores
+        if packed and not self._rule.PADS_COUNT:
+            key_scores = sequence.packing.to_items(key_scores)
+        result = dataclasses.replace(result, key_scores=key_scores)
+        return self._with_gate_loss(result, scored, sequence, draws) if train else result
 
     def _choose_keys(self, queries, keys, sequence, draws):
-        """The key set, and the scores of the keys where key selection is one of its sources."""
+        """The key set, and what the scorer did where key selection is one of its sources."""
         # Which keys are visible is a matter of integers: no gradient passes.
         queries, keys = lax.stop_gradient((queries, keys))
         config, rule, ids = self.config, self._rule, sequence.segment_ids
@@ -200,7 +213,7 @@ class HaxBranch(nnx.Module):
         if packing is not None and rule.PADS_COUNT:
             to_rows = packing.to_rows
             queries, keys = packing.to_items(queries), packing.to_items(keys)
-        key_scores = None
+        scored = None
         sources: list[Source] = []
         for name in config.sources:
             if name == "full":
@@ -224,13 +237,12 @@ class HaxBranch(nnx.Module):
                     HashBuckets(size, query_code, counts_and_orders[0], key_code, counts_and_orders[1])
                 )
             else:
-                key_scores = self.scorer(keys, rule.query_summary(queries, sequence))
-                scores = to_rows(lax.stop_gradient(key_scores))
-                if packing is not None and not rule.PADS_COUNT:
-                    key_scores = packing.to_items(key_scores)
-                expiry = key_lifetimes(scores, size, segment_ids=ids, implementation=chosen)
+                summary = rule.query_summary(queries, sequence)
+                # Gradients come through the few scores that the gate loss samples, and are made anew there.
+                scored = _Scored(keys, summary, lax.stop_gradient(self.scorer(keys, summary)))
+                expiry = key_lifetimes(to_rows(scored.scores), size, segment_ids=ids, implementation=chosen)
                 sources.append(Lifetimes(size, expiry))
-        return KeySet(tuple(sources)), key_scores
+        return KeySet(tuple(sources)), scored
 
     def _fixed_projection(self) -> jax.Array:
         if self._rule.FRESH_PROJECTION:
@@ -240,24 +252,31 @@ class HaxBranch(nnx.Module):
             )
         return self.projection[...]
 
-    def _with_gate_loss(self, result: BranchOutput, sequence: Sequence, draws: RoutingDraws) -> BranchOutput:
-        assert result.key_scores is not None
+    def _with_gate_loss(
+        self, result: BranchOutput, scored: _Scored, sequence: Sequence, draws: RoutingDraws
+    ) -> BranchOutput:
         if draws.noise is None:
             raise ValueError(
                 "`draws.noise` must be an array in training with key selection, got None; pass "
                 "`draws=branch.draw(key, batch, length, train=True)`"
             )
-        queries, keys = lax.stop_gradient((result.queries, result.keys))
-        if sequence.packing is not None:
-            queries, keys = sequence.packing.to_items(queries), sequence.packing.to_items(keys)
-            sequence = Sequence(sequence.packing.is_token)
-        loss, scores, targets = gate_loss(
-            result.key_scores,
+        packing, queries = sequence.packing, lax.stop_gradient(result.queries)
+        in_items = packing is None or self._rule.PADS_COUNT
+        if packing is not None:
+            queries = packing.to_items(queries)
+            sequence = Sequence(packing.is_token)
+        with jax.named_scope("gate_loss"):
+            sampled = sample_keys(draws.noise, self.config.keys_per_source, sequence.padding_mask)
+            keys, summary = (
+                jnp.take_along_axis(x, sampled[..., None], axis=1) if in_items else packing.at(x, sampled)
+                for x in (scored.keys, scored.summary)
+            )
+        scores = self.scorer(keys, summary)
+        loss, targets = gate_loss(
+            scores,
+            sampled,
             queries,
             keys,
-            draws.noise,
-            self.config.keys_per_source,
-            padding_mask=sequence.padding_mask,
             counts=self._rule.counts_for_gate_loss(sequence, queries.shape[:2]),
             segment_ids=sequence.segment_ids,
         )
