@@ -55,32 +55,25 @@ def running_sum(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None)
     x = x.astype(wide(x.dtype))
     if segment_ids is None:
         return jnp.cumsum(x, axis=1)
-    length = x.shape[1]
-    restarts = _in_blocks(starts(segment_ids))
-    broken = jnp.cumsum(restarts, axis=2, dtype=jnp.int32)
-    within = einsum("bcts,bcsn->bctn", _earlier_alike(broken, x.dtype), _in_blocks(x))
-    # What a block hands on is the sum of its last segment: as much of it as the block holds.
-    num_blocks = broken.shape[1]
-    if num_blocks == 1:
+    length, ids = x.shape[1], _in_blocks(segment_ids)
+    earlier = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))
+    alike = earlier & (ids[..., :, None] == ids[..., None, :])
+    within = einsum("bcts,bcsn->bctn", alike.astype(x.dtype), _in_blocks(x))
+    if ids.shape[1] == 1:
         return within[:, 0, :length]
-    handed_on, is_broken = within[:, :-1, -1], broken[:, 1:-1, -1] > 0
-    breaks = jnp.pad(jnp.cumsum(is_broken, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    arriving = running_sum(handed_on, breaks)
+    # A block hands on the sum of its last segment, which is as much of it as the block holds.
+    handed_on = ids[:, :-1, -1]
+    arriving = running_sum(within[:, :-1, -1], handed_on)
+    goes_on = ids[:, 1:] == handed_on[:, :, None]
+    arriving = jnp.where(goes_on[..., None], arriving[:, :, None], 0)
     # Nothing arrives at the first block.
-    arriving = jnp.pad(arriving, ((0, 0), (1, 0), (0, 0)))
-    y = within + jnp.where((broken == 0)[..., None], arriving[:, :, None], 0)
+    y = within + jnp.pad(arriving, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return y.reshape(x.shape[0], -1, x.shape[2])[:, :length]
 
 
 def _in_blocks(x):
     x = pad_time(x, BLOCK)
     return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
-
-
-def _earlier_alike(number, dtype):
-    """1 where s <= t and the numbers of both are equal, else 0: (..., t, s)."""
-    alike = number[..., :, None] == number[..., None, :]
-    return (alike & jnp.tril(jnp.ones((number.shape[-1],) * 2, bool))).astype(dtype)
 
 
 def as_array(segment_ids: Int[Array, "b t"] | None, shape: tuple[int, ...]) -> jax.Array:

@@ -76,9 +76,9 @@ def _ssd(x, dt, A, B, C, D, initial_state, run, tiles):
 def _forward(x, dt, A, B, C, D, initial_state, run, tiles):
     vectors = by_chunk, cum, enter, leave, decay = _vectors(dt, A, run)
     x, B, C = (_planes(array, tiles) for array in (x, B, C))
-    left = states.chunk_states(x, leave * by_chunk, B, tiles)
+    left = states.chunk_states(x, leave * by_chunk, B, tiles.halved())
     before, final = states.carry_states(left, decay, initial_state, tiles, reverse=False)
-    y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles)
+    y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles.halved())
     y = y[:, : dt.shape[1]]
     return (y, final), (x, A, B, C, D, vectors, run, before, y)
 
@@ -91,7 +91,7 @@ def _backward(tiles, residuals, cotangents):
     # Rounded once, for all that follows: y dy and x dx have to cancel where nothing is carried.
     dy = dy.astype(dtype)
     dy_planes = _planes(dy, tiles)
-    asked = states.chunk_states(dy_planes, enter, C, tiles)
+    asked = states.chunk_states(dy_planes, enter, C, tiles.halved())
     after, dinitial = states.carry_states(asked, decay, dfinal, tiles, reverse=True)
     dx, dB, dC, direct, left, skip = backward.gradients(
         x, dy_planes, B, C, before, after, D, cum, by_chunk, enter, leave, run, tiles

@@ -68,6 +68,12 @@ class Tiles:
         """Products of planes of the weights with planes of an input."""
         return self._pairs(self.weight_planes)
 
+    def halved(self) -> "Tiles":
+        """Half the heads a program, where narrow heads fill it: more programs, which wait side by side."""
+        half = self.heads // 2
+        narrow = self.heads % 2 == 0 and half >= 4 and half * self.head_dim % 64 == 0
+        return dataclasses.replace(self, heads=half) if narrow else self
+
     def _pairs(self, left: int) -> tuple[tuple[int, int], ...]:
         pairs = itertools.product(range(left), range(self.planes))
         return tuple(sorted((pair for pair in pairs if sum(pair) < left), key=sum, reverse=True))
