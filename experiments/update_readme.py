@@ -193,8 +193,9 @@ def _wrapped(command: str) -> str:
 def _source(data: DataConfig, source: str) -> str:
     if source == "stream":
         return "the stream"
-    places = {name: getattr(data, name) for name in ("train_source", "eval_source", "data_dir")}
-    is_published = data == dataclasses.replace(DataConfig(), **places)
+    # Where the items lie, in rows and on disks, is no part of what they are.
+    free = ("train_source", "eval_source", "data_dir", "packing", "order", "keep_on_device_mib")
+    is_published = data == dataclasses.replace(DataConfig(), **{name: getattr(data, name) for name in free})
     return "the published data set" if is_published else "a data set"
 
 
