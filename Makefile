@@ -4,7 +4,7 @@ SHELL := /bin/sh
 .PHONY: help env demo test test-pytorch lint clean
 
 VENV ?= .venv
-# Processes that share the tests; what they cost is compiling, which uses one core each.
+# Processes that share the tests, file by file; what they cost is compiling, which uses one core each.
 WORKERS ?= auto
 # Which JAX to install: empty for the newest, or a version such as 0.11.2.
 JAX_VERSION ?=
@@ -46,7 +46,7 @@ demo: env
 	@$(python) experiments/plot_training.py $(DEMO)
 
 test: env
-	$(python) -m pytest --numprocesses=$(WORKERS) $(TESTS)
+	$(python) -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(TESTS)
 
 # PyTorch has an environment of its own: nothing else needs it. TORCH_VERSION is empty for the newest.
 TORCH_VERSION ?=

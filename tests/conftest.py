@@ -1,4 +1,4 @@
-"""What every test run shares: run-time shape checks, golden files, and the choice of device."""
+"""What every test run shares: run-time shape checks, golden files, compilation, and the choice of device."""
 
 import os
 import pathlib
@@ -8,7 +8,10 @@ import jaxtyping
 import pytest
 
 import tests.type_checker
+from tests.compilation import as_in_use as compilation
 from tests.golden_data import REPOSITORY, Golden
+
+__all__ = ["compilation"]
 
 # Shapes and dtypes in annotations are checked in tests only; in use they cost nothing. hax_jax.config is left
 # out: it checks its fields itself, and says more.

@@ -16,11 +16,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from hax_jax.config import Experiment, ModelConfig
+from hax_jax.config import Experiment
 from hax_jax.training import train
 from hax_jax.training.checkpoints import Checkpoints
 from hax_jax.training.metrics import read_metrics
-from tests.training.tiny import ROOT, VOCAB_SIZE, tiny_experiment
+from tests.training.tiny import ROOT, tiny_experiment, tiny_hax_model
 
 COUNTS = (1, 2, 8)
 # The checkpoint of 8 devices from which 1 and 2 go on.
@@ -33,20 +33,7 @@ _WITHOUT_EFFECT = ("scorer.layers.1.bias", "scorer.layers.2.bias")
 
 def experiment() -> Experiment:
     """50 steps of a model with every discrete decision: hash codes and key selection, in two layers."""
-    model = ModelConfig(
-        arch="mamba2",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        num_layers=2,
-        state_size=4,
-        num_heads=2,
-        head_dim=8,
-        chunk_size=8,
-        sparse_arch="sign_bin_lsh+key_selection",
-        sparse_keys=4,
-        num_hash=2,
-        precision="float32",
-    )
+    model = tiny_hax_model(num_layers=2, precision="float32")
     training = tiny_experiment(
         num_steps=50,
         log_every_steps=1,
@@ -59,7 +46,9 @@ def experiment() -> Experiment:
     return dataclasses.replace(training, model=model)
 
 
-def run_on(devices: int, folder: pathlib.Path, cache: pathlib.Path, step: int | None = None) -> None:
+def run_on(
+    devices: int, folder: pathlib.Path, cache: pathlib.Path, quickly: bool, step: int | None = None
+) -> None:
     """Trains in a process with so many devices; with `step` after taking away what is newer in the folder."""
     environment = {
         **os.environ,
@@ -67,6 +56,7 @@ def run_on(devices: int, folder: pathlib.Path, cache: pathlib.Path, step: int | 
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quickly)),
     }
     if step is not None:
         (folder / "result.json").unlink()
@@ -105,15 +95,18 @@ def difference(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def compare(folder: pathlib.Path, cache: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Trains on each number of devices, and on 1 and 2 from a checkpoint of 8; differences from 1 device."""
+def compare(folder: pathlib.Path, cache: pathlib.Path, quickly: bool = False) -> dict[str, dict[str, Any]]:
+    """Trains on each number of devices, and on 1 and 2 from a checkpoint of 8; differences from 1 device.
+
+    `quickly` compiles with few optimisations: the devices' shares of the work are the same.
+    """
     for count in COUNTS:
-        run_on(count, folder / f"on_{count}", cache)
+        run_on(count, folder / f"on_{count}", cache, quickly)
     found = {f"{n} devices": difference(folder / "on_1", folder / f"on_{n}") for n in COUNTS[1:]}
     for count in COUNTS[:-1]:
         moved = folder / f"8_to_{count}"
         shutil.copytree(folder / f"on_{COUNTS[-1]}", moved)
-        run_on(count, moved, cache, RESUMED_AT)
+        run_on(count, moved, cache, quickly, RESUMED_AT)
         found[f"8 devices until step {RESUMED_AT}, then {count}"] = difference(folder / "on_1", moved)
     return found
 

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from hax_jax.config import Experiment, ModelConfig
+from hax_jax.config import Experiment
 from hax_jax.training import RunResult, train
-from tests.training.tiny import VOCAB_SIZE, TinyModel, tiny_experiment
+from tests.training.tiny import TinyModel, tiny_experiment, tiny_hax_model
 
 # Checkpoints, evaluations and log steps fall together in some steps and apart in others.
 _OFTEN = {"num_steps": 60, "log_every_steps": 4, "eval_every_steps": 10, "checkpoint_every_steps": 6}
@@ -54,22 +54,9 @@ def _population(workdir: pathlib.Path) -> RunResult:
 
 
 def _hax(workdir: pathlib.Path, packing: int = 0) -> RunResult:
-    model = ModelConfig(
-        arch="mamba2",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        num_layers=1,
-        state_size=4,
-        num_heads=2,
-        head_dim=8,
-        chunk_size=8,
-        sparse_arch="sign_bin_lsh+key_selection",
-        sparse_keys=4,
-        num_hash=2,
-    )
     experiment = _experiment()
     data = dataclasses.replace(experiment.data, packing=packing)
-    return train(dataclasses.replace(experiment, model=model, data=data), workdir)
+    return train(dataclasses.replace(experiment, model=tiny_hax_model(), data=data), workdir)
 
 
 def _packed(workdir: pathlib.Path) -> RunResult:

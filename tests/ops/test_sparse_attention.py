@@ -1,5 +1,6 @@
 """Attention over key sets: every form against the reference, outputs and gradients, on the same key set."""
 
+import functools
 import inspect
 
 import jax
@@ -67,15 +68,27 @@ def run(inputs, key_set, segment_ids, form, **settings):
     )
 
 
-@pytest.fixture(params=["unrolled", "looped", "chunks"])
-def small_tiles(request, monkeypatch):
+def make_case(name, length, segmented=False, heads=1):
+    segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
+    return make_inputs(length, heads), make_key_set(SOURCES[name], length, segment_ids), segment_ids
+
+
+@functools.cache
+def reference(name, length, segmented=False, heads=1, **settings):
+    """Of a case; it knows nothing of tiles."""
+    return run(*make_case(name, length, segmented, heads), "reference", **settings)
+
+
+@pytest.fixture(scope="class", params=["unrolled", "looped", "chunks"])
+def small_tiles(request):
     """Tiles of 16 queries, so that short rows have many: dense ones, unrolled or as a loop, or chunks."""
-    monkeypatch.setattr(dense, "BLOCK_Q", 16)
-    monkeypatch.setattr(dense, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
-    monkeypatch.setattr(plan, "CHUNK", 16)
-    monkeypatch.setattr(xla, "MIN_LENGTH_OF_CHUNKS", 0 if request.param == "chunks" else 1 << 30)
-    jax.clear_caches()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "BLOCK_Q", 16)
+        patch.setattr(dense, "MAX_UNROLLED", 100 if request.param == "unrolled" else 0)
+        patch.setattr(plan, "CHUNK", 16)
+        patch.setattr(xla, "MIN_LENGTH_OF_CHUNKS", 0 if request.param == "chunks" else 1 << 30)
+        jax.clear_caches()
+        yield
     jax.clear_caches()
 
 
@@ -95,25 +108,18 @@ CASES = [
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("name", "segmented", "empty_rows"), CASES)
-def test_forms_equal_the_reference(form, name, segmented, empty_rows):
-    length = 63
-    segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
-    key_set = make_key_set(SOURCES[name], length, segment_ids)
-    inputs = make_inputs(length)
-    got = run(inputs, key_set, segment_ids, form, empty_rows=empty_rows)
-    assert_close(got, run(inputs, key_set, segment_ids, "reference", empty_rows=empty_rows))
+class TestSmallTiles:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("name", "segmented", "empty_rows"), CASES)
+    def test_forms_equal_the_reference(self, form, name, segmented, empty_rows):
+        got = run(*make_case(name, 63, segmented), form, empty_rows=empty_rows)
+        assert_close(got, reference(name, 63, segmented, empty_rows=empty_rows))
 
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("form", FORMS)
-@lengths
-def test_lengths_heads_and_scale(form, length):
-    key_set = make_key_set(SOURCES["hax"], length, None)
-    inputs = make_inputs(length, heads=3)
-    got = run(inputs, key_set, None, form, scale=0.7)
-    assert_close(got, run(inputs, key_set, None, "reference", scale=0.7))
+    @pytest.mark.parametrize("form", FORMS)
+    @lengths
+    def test_lengths_heads_and_scale(self, form, length):
+        got = run(*make_case("hax", length, heads=3), form, scale=0.7)
+        assert_close(got, reference("hax", length, heads=3, scale=0.7))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,6 @@
 """Runs of the same tiny model compile once a session, whatever process or folder they are in."""
 
+import os
 import pathlib
 
 import jax
@@ -10,7 +11,11 @@ from jax.experimental.compilation_cache import compilation_cache
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory) -> pathlib.Path:
     """A folder of compiled programs, to be given to processes that a test starts."""
-    return tmp_path_factory.mktemp("compiled")
+    folder = tmp_path_factory.getbasetemp()
+    # The processes of pytest-xdist have a folder each, side by side.
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hax_jax.config import ModelConfig, TrainingConfig
+from hax_jax.config import TrainingConfig
 from hax_jax.data.dataset import Plan, create_dataset
 from hax_jax.models import build_model
 from hax_jax.training import make_optimizer, train
@@ -18,21 +18,15 @@ from hax_jax.training.state import make_state, split_model
 from hax_jax.training.step import make_train_step
 from tests.training.test_loop import _interrupt_at
 from tests.training.test_step import items
-from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment
-
-HAX = ModelConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=8,
-    num_layers=1,
-    state_size=4,
-    num_heads=2,
-    head_dim=8,
-    chunk_size=8,
-    sparse_arch="sign_bin_lsh+key_selection",
-    sparse_keys=4,
-    num_hash=2,
-    data_max_length=32,
+from tests.training.tiny import (
+    DATA,
+    TinyModel,
+    lines_without_timing,
+    tiny_experiment,
+    tiny_hax_model,
 )
+
+HAX = tiny_hax_model(data_max_length=32)
 
 
 def outcome(folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hax_jax.config import ConfigError, ModelConfig
+from hax_jax.config import ConfigError
 from hax_jax.data import make_split
 from hax_jax.training import (
     CheckpointError,
@@ -26,7 +26,7 @@ from hax_jax.training.evaluate import Evaluator
 from hax_jax.training.metrics import read_metrics
 from hax_jax.training.workdir import RunFolder
 from tests.training.test_step import Breaking
-from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment
+from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment, tiny_hax_model
 
 
 def files_of(folder):
@@ -261,20 +261,7 @@ def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
 
 
 def test_model_of_the_settings_trains_and_is_restored(tmp_path):
-    model = ModelConfig(
-        arch="mamba2",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        num_layers=1,
-        state_size=4,
-        num_heads=2,
-        head_dim=8,
-        chunk_size=8,
-        sparse_arch="sign_bin_lsh+key_selection",
-        sparse_keys=4,
-        num_hash=2,
-    )
-    settings = dataclasses.replace(tiny_experiment(num_steps=2), model=model)
+    settings = dataclasses.replace(tiny_experiment(num_steps=2), model=tiny_hax_model())
     result = train(settings, tmp_path)
     trained = load(tmp_path)
     assert score(trained, "test", settings.data).accuracy == result.test_accuracy

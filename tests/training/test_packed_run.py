@@ -6,24 +6,22 @@ import pathlib
 import numpy as np
 import pytest
 
-from hax_jax.config import ConfigError, Experiment, ModelConfig
+from hax_jax.config import ConfigError, Experiment
 from hax_jax.training import train
 from hax_jax.training.metrics import read_metrics
-from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, start_python, tiny_experiment
-
-MODEL = ModelConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=8,
-    num_layers=1,
-    state_size=4,
-    num_heads=2,
-    head_dim=8,
-    chunk_size=8,
-    sparse_arch="sign_bin_lsh+key_selection",
-    sparse_keys=8,
-    num_hash=2,
-    precision="float32",
+from tests.compilation import quickly as compilation
+from tests.training.tiny import (
+    TinyModel,
+    lines_without_timing,
+    start_python,
+    tiny_experiment,
+    tiny_hax_model,
 )
+
+# Everything is held to a tolerance.
+__all__ = ["compilation"]
+
+MODEL = tiny_hax_model(sparse_keys=8, precision="float32")
 
 
 def experiment(packing: int) -> Experiment:
@@ -68,7 +66,7 @@ train(experiment(packing=30), pathlib.Path(sys.argv[1]))
 
 
 def test_two_devices_share_the_rows(packed, tmp_path):
-    process = start_python(_TRAIN, str(tmp_path), devices=2)
+    process = start_python(_TRAIN, str(tmp_path), devices=2, quickly=True)
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     one, two = (lines_without_timing(folder) for folder in (packed[0], tmp_path))

@@ -36,7 +36,7 @@ def outcomes(tmp_path_factory):
     found = {}
     for devices in (1, 8):
         folder = tmp_path_factory.mktemp(f"on_{devices}")
-        process = start_python(_TRAIN, str(folder), "8", devices=devices)
+        process = start_python(_TRAIN, str(folder), "8", devices=devices, quickly=True)
         output, errors = process.communicate(timeout=280)
         assert process.returncode == 0, errors[-3000:]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

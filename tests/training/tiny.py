@@ -54,6 +54,24 @@ class TinyModel(nnx.Module):
         return TinyOutput(hidden @ self.outer[...], jnp.asarray(gate_loss, jnp.float32))
 
 
+def tiny_hax_model(**changes: Any) -> ModelConfig:
+    """A model with every discrete decision: hash codes and key selection; keywords change its settings."""
+    settings = {
+        "arch": "mamba2",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "state_size": 4,
+        "num_heads": 2,
+        "head_dim": 8,
+        "chunk_size": 8,
+        "sparse_arch": "sign_bin_lsh+key_selection",
+        "sparse_keys": 4,
+        "num_hash": 2,
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
 def tiny_experiment(seed: int = 0, data: DataConfig = DATA, **training: Any) -> Experiment:
     """An experiment of a few steps; keywords are settings of `TrainingConfig`."""
     settings = {
@@ -84,14 +102,20 @@ def lines_without_timing(workdir: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
-def start_python(code: str, *arguments: str, devices: int = 1, cache: pathlib.Path | None = None):
-    """Starts a Python process on `devices` simulated CPU devices, with the project importable."""
+def start_python(
+    code: str, *arguments: str, devices: int = 1, cache: pathlib.Path | None = None, quickly: bool = False
+):
+    """Starts a Python process on `devices` simulated CPU devices, with the project importable.
+
+    With `quickly` it compiles as tests.compilation.quickly does.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quickly)),
     }
     if cache is not None:
         environment |= {
