@@ -83,6 +83,11 @@ def divided(function: Callable, batched: tuple[int, ...], otherwise: Callable | 
     return call
 
 
+def divides_batches() -> bool:
+    """Whether `divided` would divide a function called here."""
+    return _mesh_to_divide_over() is not None
+
+
 def _mesh_to_divide_over() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

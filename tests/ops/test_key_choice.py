@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hax_jax import ops
-from hax_jax.ops import pairs_mosaic_gpu, sorting
+from hax_jax.ops import lanes_mosaic_gpu, pairs_mosaic_gpu, running_best_mosaic_gpu, sorting
 from tests.ops import mosaic_interpreter
 from tests.ops.cases import lengths, make_segments, rng, segmented
 
@@ -177,13 +177,47 @@ def test_descending_keys_order_every_dtype():
 @pytest.fixture
 def interpreted(monkeypatch):
     mosaic_interpreter.install()
-    monkeypatch.setattr(pairs_mosaic_gpu, "interpret", mosaic_interpreter.SETTINGS)
+    for module in (pairs_mosaic_gpu, lanes_mosaic_gpu):
+        monkeypatch.setattr(module, "interpret", mosaic_interpreter.SETTINGS)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.timeout(600)
 def test_interpreted_kernels_equal_the_reference():
     assert_kernels_equal_the_reference(2, 140, 4, segmented=True)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("batch", "length", "num_keys", "segmented"), [(1, 600, 5, False), (2, 333, 40, False), (2, 333, 4, True)]
+)
+def test_interpreted_kernels_for_long_rows_equal_the_reference(
+    batch, length, num_keys, segmented, monkeypatch
+):
+    """Groups of two chunks, scanned four at a time, so that there are groups of groups."""
+    monkeypatch.setattr(pairs_mosaic_gpu, "MAX_LENGTH", 0)
+    monkeypatch.setattr(running_best_mosaic_gpu, "CHUNKS_OF_GROUP", 2)
+    monkeypatch.setattr(running_best_mosaic_gpu, "GROUP", 2 * running_best_mosaic_gpu.CHUNK)
+    monkeypatch.setattr(running_best_mosaic_gpu, "SCANNED", 2 * running_best_mosaic_gpu.LANES)
+    g = rng(10, length)
+    segment_ids = None
+    if segmented:
+        segment_ids = jnp.asarray(np.cumsum(g.random((batch, length)) < 0.02, axis=1), jnp.int32)
+    # Ties, and a slope so that keys come and go all the time.
+    scores = jnp.asarray(g.integers(-9, 9, (batch, length)) + np.arange(length) // 8, jnp.float32)
+    got, want = (
+        np.asarray(ops.key_lifetimes(scores, num_keys, segment_ids=segment_ids, implementation=form))
+        for form in ("mosaic_gpu", "reference")
+    )
+    np.testing.assert_array_equal(got, want)
+    if batch == 1:
+        carried = np.asarray(running_best_mosaic_gpu.alive_at_chunks(jnp.asarray(want[0]), num_keys))
+        for chunk, keys in enumerate(carried):
+            begin = chunk * running_best_mosaic_gpu.CHUNK
+            np.testing.assert_array_equal(
+                np.sort(keys[keys < length]), np.flatnonzero(want[0, :begin] > begin)
+            )
 
 
 def test_kernels_lower_for_hopper(monkeypatch):
@@ -195,6 +229,15 @@ def test_kernels_lower_for_hopper(monkeypatch):
     ):
         text = jax.jit(function).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("length", "num_kernels"), [(16_384, 3), (1 << 20, 5)])
+def test_kernels_for_long_rows_lower_for_hopper(length, num_kernels, monkeypatch):
+    monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
+    scores = jax.ShapeDtypeStruct((1, length), jnp.float32)
+    traced = jax.jit(lambda x: ops.key_lifetimes(x, 32, implementation="mosaic_gpu")).trace(scores)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == num_kernels
 
 
 def test_kernels_say_what_they_need():
@@ -211,7 +254,9 @@ def test_kernels_say_what_they_need():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length"), [(64, 1057), (3, 4096), (2, 1), (1, 20_000)])
+@pytest.mark.parametrize(
+    ("batch", "length"), [(64, 1057), (3, 4096), (2, 1), (1, 20_000), (3, 5_001), (1, 262_147)]
+)
 @segmented
 def test_kernels_equal_the_reference_on_a_gpu(batch, length, segmented):
     assert_kernels_equal_the_reference(batch, length, 32, segmented)

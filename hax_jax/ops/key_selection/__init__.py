@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hax_jax.ops import dispatch, pairs_mosaic_gpu
+from hax_jax.ops import devices, dispatch
 from hax_jax.ops.key_selection import mosaic_gpu, reference, xla
 from hax_jax.ops.numerics import wide
 
@@ -27,19 +27,20 @@ def key_lifetimes(
 
     Key j is visible to query i exactly when j <= i < expiry_j. A score never changes and a prefix only grows,
     so a key that has left the `num_keys` best of the prefix never comes back: expiry_j is the position at
-    which the num_keys-th better key has come (that position itself included; t where it never comes). Of
-    equal scores the earlier position is the better.
+    which the num_keys-th better key has come (that position itself included; t where it never comes), and j
+    itself for a key that is never visible. Of equal scores the earlier position is the better.
 
     Args:
       scores: (b, t) any float dtype, no NaN.
       num_keys: k, at least 1.
       segment_ids: (b, t) int32; each segment has a running top-k of its own.
       implementation: None, 'reference' (compares all pairs), 'xla' (a sort, then log2(t) linear passes) or
-        'mosaic_gpu' (a kernel for Hopper GPUs, which compares pairs; rows beyond 4,096 and float64 as 'xla').
-        None means it for rows up to 4,096 on such GPUs, and 'xla' elsewhere.
+        'mosaic_gpu' (kernels for Hopper GPUs: one that compares pairs for rows up to 4,096, beyond, the best
+        keys of each chunk's prefix; more than 64 keys in long rows, and float64, as 'xla'). None means it on
+        such GPUs where it has kernels for the call, and 'xla' elsewhere.
 
     Returns:
-      (b, t) int32 expiries; expiry_j <= j for a key that is never visible.
+      (b, t) int32 expiries, at least j.
 
     Raises:
       ValueError: `num_keys` below 1, shapes that do not fit, or an implementation this op does not have.
@@ -47,13 +48,41 @@ def key_lifetimes(
     Source: HAX (arXiv 2507.00449), section 4, restated; the README beside this file derives it. Memory grows
     as b t ('xla').
     """
-    preferred = dispatch.best(pairs_mosaic_gpu.why_not(scores.shape))
+    preferred = dispatch.best(mosaic_gpu.why_not(scores, num_keys))
     function = dispatch.resolve("key_lifetimes", implementation, IMPLEMENTATIONS, preferred, batched=(0, 2))
     if num_keys < 1:
         raise ValueError(f"`num_keys` of key_lifetimes must be at least 1, got {num_keys}")
     if segment_ids is not None:
         dispatch.check_shape("key_lifetimes", "segment_ids", segment_ids.shape, scores.shape, "b, t")
     return function(scores, num_keys, segment_ids)
+
+
+def key_lifetimes_and_alive(
+    scores: Float[Array, "b t"],
+    num_keys: int,
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "b t"], Int[Array, "c k"] | None]:
+    """As `key_lifetimes`, and what its kernels find on the way: the keys alive where each chunk begins.
+
+    Args:
+      As for `key_lifetimes`.
+
+    Returns:
+      (b, t) int32 expiries; and for `Lifetimes`, of the batch as one list of b t positions in chunks of 64,
+      the keys alive at each chunk's first position, (chunks, num_keys) int32, b t or more where there are no
+      more. None where the form does not find them, or where a mesh divides the batch.
+
+    Raises:
+      ValueError: as `key_lifetimes`.
+    """
+    preferred = dispatch.best(mosaic_gpu.why_not(scores, num_keys))
+    chosen = preferred if implementation is None else implementation
+    if chosen == "mosaic_gpu" and mosaic_gpu.finds_alive(scores, num_keys) and not devices.divides_batches():
+        with jax.named_scope("key_lifetimes"):
+            return mosaic_gpu.key_lifetimes_and_alive(scores, num_keys, segment_ids)
+    return key_lifetimes(scores, num_keys, segment_ids=segment_ids, implementation=implementation), None
 
 
 def ranking_loss(

@@ -15,4 +15,6 @@ def key_lifetimes(scores, num_keys, segment_ids):
     better = (higher | earlier) & (ids[:, :, None] == ids[:, None, :])
     # The first prefix that holds num_keys better keys no longer shows key j.
     crowded = jnp.cumsum(better, axis=1) >= num_keys
-    return jnp.where(crowded.any(1), jnp.argmax(crowded, axis=1), length).astype(jnp.int32)
+    expiry = jnp.where(crowded.any(1), jnp.argmax(crowded, axis=1), length)
+    # When a key that is never visible would have gone says nothing that anybody asks for.
+    return jnp.maximum(expiry, position).astype(jnp.int32)

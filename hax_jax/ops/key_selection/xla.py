@@ -26,6 +26,8 @@ def key_lifetimes(scores, num_keys, segment_ids):
         first = segments.begins(number)
     expiry = jax.vmap(lambda p, low: _smallest_in_range(p, low, position[0], num_keys))(by_rank, first)
     expiry = jnp.where(position - first >= num_keys, expiry, length)
+    # A key that is never visible dies when it is born.
+    expiry = jnp.maximum(expiry, by_rank)
     row = jnp.arange(batch)[:, None]
     return jnp.zeros_like(expiry).at[row, by_rank].set(expiry, unique_indices=True, mode="promise_in_bounds")
 

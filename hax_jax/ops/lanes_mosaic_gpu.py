@@ -1,0 +1,92 @@
+"""Reading and writing shared memory a lane at a time, which Pallas lacks: each lane says where.
+
+Vectors are int32 and laid out with one position a lane (`layout`). Pallas' interpreter, which tests use on a
+CPU, cannot run the inlined instructions, so there the same is said in JAX.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, memref
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# How tests on a CPU run the kernels: Pallas' interpreter's settings, or None to compile them.
+interpret: Any = None
+
+# A warpgroup has this many lanes; vectors are as long or a multiple of it.
+LANES = 128
+
+
+def layout(count):
+    return plgpu.Layout.WG_STRIDED((count,), vec_size=1)
+
+
+def iota(count):
+    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout(count))
+
+
+def full(count, value):
+    return plgpu.layout_cast(jnp.full((count,), value, jnp.int32), layout(count))
+
+
+def load(ref, count):
+    """A vector from memory of any kind."""
+    return plgpu.load(ref, layout=layout(count), optimized=False)
+
+
+def gather(ref, index):
+    """ref[index] for int32 `ref` in memory of any kind; every index must be inside it."""
+    (count,) = index.shape
+    if interpret is not None:
+        return ref[...][index]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), layout(count)),
+        return_type=plgpu.ShapeDtypeStruct((count,), jnp.int32, layout=layout(count)),
+    )
+    def read(ctx, ref, index):
+        del ctx
+        return index.foreach(lambda i, _: memref.load(ref, [_as_index(i)]), create_array=True, is_signed=True)
+
+    return read(ref, index)
+
+
+def scatter(ref, index, *values):
+    """ref[x, index] = values[x] for int32 `ref` (x, size) in shared memory.
+
+    Indices beyond the end are left out; no two others may be equal. All lanes have written when this returns.
+    """
+    (count,) = index.shape
+    if interpret is not None:
+        for x, value in enumerate(values):
+            ref[x] = ref[x].at[index].set(value, mode="drop")
+        return
+    size = ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(count), [layout(count)] * len(values)))
+    def write(ctx, ref, index, values):
+        del ctx
+        # What other lanes still read of the memory comes first.
+        mgpu.warpgroup_barrier()
+        registers: list[list[ir.Value]] = [[] for _ in values]
+        for registers_of_value, value in zip(registers, values, strict=True):
+            value.foreach(lambda v, _, to=registers_of_value: to.append(v))
+        number = iter(range(count // LANES))
+
+        def store(i, _):
+            here = next(number)
+            inside = arith.cmpi(arith.CmpIPredicate.ult, i, mgpu.c(size, i.type))
+            with mgpu.when(inside):
+                for x, registers_of_value in enumerate(registers):
+                    memref.store(registers_of_value[here], ref, [mgpu.c(x, ir.IndexType.get()), _as_index(i)])
+
+        index.foreach(store)
+        mgpu.warpgroup_barrier()
+
+    write(ref, index, list(values))
+
+
+def _as_index(i):
+    return arith.index_cast(ir.IndexType.get(), i)
