@@ -59,10 +59,11 @@ def visible_keys(
     """
     codes = [ops.sign_hash(x.astype(jnp.float32), projection) for x in (q, k)]
     chosen = functools.partial(_form, implementation=implementation)
-    count, order = ops.bucket_orders(*codes, implementation=chosen(HASHING_FORMS))
-    expiry = ops.key_lifetimes(scores, size, implementation=chosen(SELECTION_FORMS))
-    buckets = ops.HashBuckets(size, codes[0], count, codes[1], order)
-    return ops.KeySet((buckets, ops.Lifetimes(size, expiry)))
+    num_codes = 1 << projection.shape[1]
+    count, order = ops.bucket_orders(*codes, num_codes=num_codes, implementation=chosen(HASHING_FORMS))
+    expiry, alive = ops.key_lifetimes_and_alive(scores, size, implementation=chosen(SELECTION_FORMS))
+    buckets = ops.HashBuckets(size, codes[0], count, codes[1], order, num_codes)
+    return ops.KeySet((buckets, ops.Lifetimes(size, expiry, alive)))
 
 
 def sparse_module(

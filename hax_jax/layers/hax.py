@@ -25,14 +25,18 @@ from hax_jax.ops import (
     SlidingWindow,
     argmax_hash,
     bucket_orders,
-    key_lifetimes,
+    key_lifetimes_and_alive,
     segments,
     sign_hash,
     sparse_attention,
 )
 from hax_jax.ops.sparse_attention.key_set import Source
 
-_HASHES = {"sign_bin_lsh": sign_hash, "argmax_lsh": argmax_hash}
+# The op, and the number of codes that so many projections make.
+_HASHES = {
+    "sign_bin_lsh": (sign_hash, lambda columns: 1 << columns),
+    "argmax_lsh": (argmax_hash, lambda columns: columns),
+}
 
 
 class HashProjection(nnx.Variable):
@@ -226,22 +230,28 @@ class HaxBranch(nnx.Module):
                 sources.append(Dilated(config.dilation, position))
             elif name in _HASHES:
                 projection = draws.projection if draws.projection is not None else self._fixed_projection()
+                hash_of, codes_of = _HASHES[name]
+                num_codes = codes_of(projection.shape[1])
                 query_code, key_code = (
-                    to_rows(_HASHES[name](rule.hash_features(x.astype(projection.dtype)), projection))
+                    to_rows(hash_of(rule.hash_features(x.astype(projection.dtype)), projection))
                     for x in (queries, keys)
                 )
                 counts_and_orders = bucket_orders(
-                    query_code, key_code, segment_ids=ids, implementation=chosen
+                    query_code, key_code, segment_ids=ids, num_codes=num_codes, implementation=chosen
                 )
                 sources.append(
-                    HashBuckets(size, query_code, counts_and_orders[0], key_code, counts_and_orders[1])
+                    HashBuckets(
+                        size, query_code, counts_and_orders[0], key_code, counts_and_orders[1], num_codes
+                    )
                 )
             else:
                 summary = rule.query_summary(queries, sequence)
                 # Gradients come through the few scores that the gate loss samples, and are made anew there.
                 scored = _Scored(keys, summary, lax.stop_gradient(self.scorer(keys, summary)))
-                expiry = key_lifetimes(to_rows(scored.scores), size, segment_ids=ids, implementation=chosen)
-                sources.append(Lifetimes(size, expiry))
+                expiry, alive = key_lifetimes_and_alive(
+                    to_rows(scored.scores), size, segment_ids=ids, implementation=chosen
+                )
+                sources.append(Lifetimes(size, expiry, alive))
         return KeySet(tuple(sources)), scored
 
     def _fixed_projection(self) -> jax.Array:

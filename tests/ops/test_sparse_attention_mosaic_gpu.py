@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from hax_jax import ops
-from hax_jax.ops.sparse_attention import chunks, mosaic_gpu
-from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks, dense
+from hax_jax.ops import lanes_mosaic_gpu
+from hax_jax.ops.sparse_attention import chunks, mosaic_gpu, plan
+from hax_jax.ops.sparse_attention.mosaic_gpu import TILE, building_blocks, carried_sums, dense
 from tests.ops import mosaic_interpreter
 from tests.ops.cases import (
     assert_close,
@@ -37,7 +38,8 @@ def use(layout, monkeypatch):
 @pytest.fixture
 def interpreted(monkeypatch):
     mosaic_interpreter.install()
-    monkeypatch.setattr(building_blocks, "interpret", mosaic_interpreter.SETTINGS)
+    for module in (building_blocks, lanes_mosaic_gpu):
+        monkeypatch.setattr(module, "interpret", mosaic_interpreter.SETTINGS)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -65,6 +67,29 @@ def test_interpreted_kernels_equal_the_reference(
         run(inputs, key_set, segment_ids, form, empty_rows=empty_rows) for form in ("mosaic_gpu", "reference")
     )
     assert_close(got, want, dtype)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scores", ["falling", "random"])
+def test_carried_gradients_are_added_up(scores):
+    """Runs that go on for several blocks, and some that end in one; lists by the kernel and by a sort."""
+    length, size = 20 * plan.CHUNK, 8
+    g = rng(18)
+    values = -np.arange(length) if scores == "falling" else g.standard_normal(length)
+    expiry = ops.key_lifetimes(jnp.asarray(values, jnp.float32)[None], size, implementation="reference")
+    source = ops.Lifetimes(size, expiry)
+    listed, sorted_ = (
+        plan.make_plan(source, None, (1, length), 32, alive) for alive in (TILE.alive_at_chunks, None)
+    )
+    np.testing.assert_array_equal(np.sort(listed.keys, axis=1), np.sort(sorted_.keys, axis=1))
+    for laid_out in (listed, sorted_):
+        rows = normal(g, 1, *laid_out.keys.shape, 128)
+        got, (want,) = (
+            carried_sums.sum_of_slots(laid_out, rows),
+            chunks.XLA_TILE.sums(laid_out, (rows,), 64, 64),
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("interpreted")

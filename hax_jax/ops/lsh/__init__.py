@@ -67,6 +67,7 @@ def bucket_orders(
     key_code: Int[Array, "b t"],
     *,
     segment_ids: Int[Array, "b t"] | None = None,
+    num_codes: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
     """Numbers the keys of each bucket, so that 'the w most recent keys of my bucket' is integer arithmetic.
@@ -78,6 +79,8 @@ def bucket_orders(
     Args:
       query_code, key_code: (b, t) int32, of the same positions.
       segment_ids: (b, t) int32; buckets are counted anew in each segment.
+      num_codes: where it is known that codes are in 0..num_codes - 1; the fewer bits, the fewer passes of a
+        sort.
       implementation: None, 'reference' (compares all pairs), 'xla' (one sort) or 'mosaic_gpu' (a kernel for
         Hopper GPUs, which compares pairs; rows beyond 4,096 as 'xla'). None means it for rows up to 4,096 on
         such GPUs, and 'xla' elsewhere.
@@ -97,4 +100,4 @@ def bucket_orders(
     dispatch.check_shape("bucket_orders", "key_code", key_code.shape, query_code.shape, "b, t")
     if segment_ids is not None:
         dispatch.check_shape("bucket_orders", "segment_ids", segment_ids.shape, query_code.shape, "b, t")
-    return function(query_code, key_code, segment_ids)
+    return function(query_code, key_code, segment_ids, num_codes)

@@ -6,10 +6,10 @@ from hax_jax.ops import pairs_mosaic_gpu
 from hax_jax.ops.lsh import xla
 
 
-def bucket_orders(query_code, key_code, segment_ids):
+def bucket_orders(query_code, key_code, segment_ids, num_codes=None):
     pairs_mosaic_gpu.check("bucket_orders")
     if pairs_mosaic_gpu.why_not(query_code.shape):
-        return xla.bucket_orders(query_code, key_code, segment_ids)
+        return xla.bucket_orders(query_code, key_code, segment_ids, num_codes)
     own, others = (query_code, key_code), (key_code,)
     return pairs_mosaic_gpu.compare_with_segment(
         _step, own, others, (0, 0), segment_ids, query_code.shape, past_only=True

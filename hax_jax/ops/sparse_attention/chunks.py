@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hax_jax.ops import segments
-from hax_jax.ops.numerics import einsum, wide
+from hax_jax.ops.numerics import einsum, pad_time, wide
 from hax_jax.ops.sparse_attention.key_set import KeySet
 from hax_jax.ops.sparse_attention.ordered_sum import sum_of_runs
 from hax_jax.ops.sparse_attention.plan import PLANNED, make_plan
@@ -31,15 +31,20 @@ class Tile(NamedTuple):
 
     forward(kinds, scale, q (h,c,q,n), k (h,c,k,n), v (h,c,k,e), rows, columns)
         -> out (h,c,q,e), lse (h,c,q), both at least float32; a query without keys gets zeros and -inf.
-    backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta) -> gradients of q, k and v.
+    backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta)
+        -> gradient of q (h,c,q,n), and of the keys in any form that `sums` takes.
+    sums(plan, gradient of the keys, n, e) -> gradients of k (h,N,n) and v (h,N,e), slots of a key added up.
 
     `kinds`, `rows`, `columns` are those of `visible`; the integers are (c,q) and (c,k).
     """
 
     forward: Callable
     backward: Callable
+    sums: Callable
     # The number of keys of a chunk has to be a multiple of this.
     multiple: int = 1
+    # A kernel for `make_plan`, or None.
+    alive_at_chunks: Callable | None = None
 
 
 def visible(kinds, rows, columns):
@@ -104,7 +109,7 @@ def _attend(q, k, v, key_set, ids, shape, scale, tile):
 
 
 def _forward(q, k, v, key_set, ids, shape, scale, tile):
-    parts = [_Part(key_set, index, ids, shape, tile.multiple) for index in range(len(key_set.sources))]
+    parts = [_Part(key_set, index, ids, shape, tile) for index in range(len(key_set.sources))]
     results = []
     for part in parts:
         out, lse = tile.forward(
@@ -125,12 +130,12 @@ def _backward(shape, scale, tile, saved, d_outputs):
     delta = (out * d_out).sum(-1, keepdims=True)
     totals = [jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v)]
     for index in range(len(key_set.sources)):
-        part = _Part(key_set, index, None, shape, tile.multiple, laid_out[index])
-        d_q, d_k, d_v = tile.backward(
+        part = _Part(key_set, index, None, shape, tile, laid_out[index])
+        d_q, d_keys = tile.backward(
             part.kinds, scale, part.by_query(q), part.by_key(k), part.by_key(v), part.rows, part.columns,
             part.by_query(d_out.astype(v.dtype)), part.by_query(lse)[..., 0], part.by_query(delta)[..., 0],
         )  # fmt: skip
-        gradients = part.in_time(d_q), part.sum_of_slots(d_k), part.sum_of_slots(d_v)
+        gradients = part.in_time(d_q), *tile.sums(part.plan, d_keys, k.shape[-1], v.shape[-1])
         totals = [total + x for total, x in zip(totals, gradients, strict=True)]
     d_q, d_k, d_v = (total.astype(x.dtype) for total, x in zip(totals, (q, k, v), strict=True))
     # The integers of the key set and the segment ids have no gradient.
@@ -143,14 +148,14 @@ _attend.defvjp(_forward, _backward)
 class _Part:
     """One source's plan, and the ways from positions to slots and back; positions are (h, N, ...)."""
 
-    def __init__(self, key_set, index, ids, shape, multiple, laid_out=None):
+    def __init__(self, key_set, index, ids, shape, tile, laid_out=None):
         sources = key_set.sources[: index + 1]
         # The rules without their arrays: they say what the kernel computes, so they are part of its type.
         self.kinds = jax.tree.map(lambda _: None, sources)
         if laid_out is not None:
             self.plan, self.rows, self.columns = laid_out
             return
-        self.plan = make_plan(sources[-1], ids, shape, multiple)
+        self.plan = make_plan(sources[-1], ids, shape, tile.multiple, tile.alive_at_chunks)
         position = jnp.arange(shape[1], dtype=jnp.int32)
         # Without ids every row is a segment.
         segment = jnp.arange(shape[0], dtype=jnp.int32)[:, None] if ids is None else segments.numbers(ids)
@@ -169,6 +174,9 @@ class _Part:
 
     def by_query(self, x):
         """(h, N, f) to (h, c, q, f)."""
+        if self.plan.natural:
+            chunk = self.plan.queries.shape[1]
+            return pad_time(x, chunk).reshape(x.shape[0], -1, chunk, x.shape[-1])
         return _take(x, self.plan.queries)
 
     def by_key(self, x):
@@ -177,18 +185,8 @@ class _Part:
 
     def in_time(self, x):
         """(h, c, q, f) to (h, N, f); what stands in empty slots is never read."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])[:, self.plan.query_slot]
-
-    def sum_of_slots(self, x):
-        """(h, c, k, f) to (h, N, f): the sum over the slots of each key, in one order."""
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        own = flat[:, self.plan.key_slot]
-        if self.plan.carried_slot.shape[0] == 0:
-            return own
-        # Where there are no more carried keys, what is read belongs to no position's sum.
-        return own + sum_of_runs(
-            flat[:, self.plan.carried_slot], self.plan.carried_key, self.plan.first_carried
-        )
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return x[:, : self.plan.query_slot.shape[0]] if self.plan.natural else x[:, self.plan.query_slot]
 
 
 def _take(x, table):
@@ -226,7 +224,30 @@ def _tile_backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
     d_q = einsum("hcqk,hckn->hcqn", d_scores, k)
     d_k = einsum("hcqk,hcqn->hckn", d_scores, q)
     d_v = einsum("hcqk,hcqe->hcke", weights.astype(v.dtype), d_out)
-    return d_q, d_k, d_v
+    return d_q, (d_k, d_v)
 
 
-XLA_TILE = Tile(_tile_forward, _tile_backward)
+def _sums(plan, d_keys, features, width):
+    """The sums over the slots of each key, in one order."""
+    del features, width
+    return tuple(_sum_of_slots(plan, x) for x in d_keys)
+
+
+def own_rows(plan, x):
+    """(h, c, k, f) to (h, N, f): what stands in each key's own slot."""
+    if plan.natural:
+        chunk = plan.queries.shape[1]
+        return x[:, :, -chunk:].reshape(x.shape[0], -1, x.shape[-1])[:, : plan.key_slot.shape[0]]
+    return x.reshape(x.shape[0], -1, x.shape[-1])[:, plan.key_slot]
+
+
+def _sum_of_slots(plan, x):
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    own = own_rows(plan, x)
+    if plan.carried_slot.shape[0] == 0:
+        return own
+    # Where there are no more carried keys, what is read belongs to no position's sum.
+    return own + sum_of_runs(flat[:, plan.carried_slot], plan.carried_key, plan.first_carried)
+
+
+XLA_TILE = Tile(_tile_forward, _tile_backward, _sums)

@@ -110,15 +110,19 @@ class Dilated(_ByKeyPosition):
         return (j <= i) & (position % self.stride == self.stride - 1)
 
 
-@_source(static=("size",), arrays=("query_code", "query_count", "key_code", "key_order"))
+@_source(static=("size", "num_codes"), arrays=("query_code", "query_count", "key_code", "key_order"))
 class HashBuckets:
-    """The `size` most recent keys with the query's hash code; counts and orders as `ops.lsh` numbers them."""
+    """The `size` most recent keys with the query's hash code; counts and orders as `ops.lsh` numbers them.
+
+    `num_codes` says that codes are in 0..num_codes - 1, where that is known; it shortens sorts.
+    """
 
     size: int
     query_code: PerPosition
     query_count: PerPosition
     key_code: PerPosition
     key_order: PerPosition
+    num_codes: int | None = None
 
     def rows(self) -> Integers:
         return self.query_code, self.query_count
@@ -133,15 +137,17 @@ class HashBuckets:
         return (query_code == key_code) & (age >= 0) & (age < self.size) & (j <= i)
 
 
-@_source(static=("size",), arrays=("expiry",))
+@_source(static=("size",), arrays=("expiry", "alive"))
 class Lifetimes:
     """Keys in the running top-k: j <= i < expiry_j; expiries are `ops.key_selection.key_lifetimes`'.
 
-    `size` is that k: the caller's word that no query sees more keys.
+    `size` is that k: the caller's word that no query sees more keys. `alive`, where it is not None, are the
+    keys that are alive where each chunk begins, as `key_lifetimes_and_alive` finds them.
     """
 
     size: int
     expiry: PerPosition
+    alive: Any = None
 
     def rows(self) -> Integers:
         return ()

@@ -16,7 +16,8 @@ rule: a plan only promises that no visible key is missing.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from hax_jax.ops.lsh.xla import merge_buckets
 from hax_jax.ops.sparse_attention.key_set import HashBuckets, Lifetimes, Sink, SlidingWindow
 
 CHUNK = 64
+# Carried keys are added up in blocks of so many pairs.
+PAIRS_OF_BLOCK = 64
 PLANNED = (HashBuckets, Lifetimes, SlidingWindow, Sink)
 
 
@@ -45,6 +48,10 @@ class Plan:
       carried_slot: (c * carried,) where each of them stands in the flattened `keys`; any slot where there are
         no more.
       first_carried: (N,) where each position first appears in `carried_key`; c * carried if it does not.
+      end_carried: (N,) the place after the last one; anything where it does not appear.
+      last_runs: (blocks, 2) of the key that is the last of each `PAIRS_OF_BLOCK` in `carried_key`, its first
+        place there and the place after its last one.
+      natural: whether queries and own keys stand in order of their positions.
     """
 
     queries: Int[Array, "c q"]
@@ -54,14 +61,28 @@ class Plan:
     carried_key: Int[Array, " p"]
     carried_slot: Int[Array, " p"]
     first_carried: Int[Array, " N"]
+    end_carried: Int[Array, " N"]
+    last_runs: Int[Array, "blocks 2"]
+    natural: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def make_plan(
-    source: Any, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int], multiple: int = 1
+    source: Any,
+    segment_ids: Int[Array, "b t"] | None,
+    shape: tuple[int, int],
+    multiple: int = 1,
+    alive_at_chunks: Callable | None = None,
 ) -> Plan:
-    """Lays out the `shape` (b, t) of positions for one source of `PLANNED`.
+    """Lays out the positions for one source of `PLANNED`.
 
-    Chunks hold a multiple of `multiple` keys. Without segment ids every row is one segment.
+    Args:
+      source: one of `PLANNED`.
+      segment_ids: (b, t), or None for one segment a row.
+      shape: (b, t).
+      multiple: of how many keys the chunks are.
+      alive_at_chunks: lists the keys alive at each chunk's first position,
+        (last_seen (N,), size) -> (c, size);
+        None works them out by sorting.
     """
     if isinstance(source, HashBuckets):
         return _plan_by_bucket(source, segment_ids, shape, multiple)
@@ -88,6 +109,15 @@ def make_plan(
     first_chunk = position // CHUNK + 1
     count = jnp.maximum((last_seen - 1) // CHUNK - position // CHUNK, 0)
     own = _cut(position, num_positions)
+    if column is None and alive_at_chunks is not None:
+        alive = source.alive
+        if alive is None or alive.shape != (own.shape[0], size):
+            # Not of these positions where a mesh divides the batch.
+            alive = alive_at_chunks(last_seen, size)
+        alive = jnp.minimum(alive, num_positions)
+        end = jnp.cumsum(count)
+        carried = _Carried(alive, alive, None, first_chunk, end - count, end)
+        return _finish_listed(own, own, (position, position), carried, multiple, natural=True)
     return _finish(own, own, position, first_chunk, count, size, column, multiple)
 
 
@@ -97,25 +127,40 @@ def _plan_by_bucket(source, segment_ids, shape, multiple):
     num_positions = batch * length
     row_begin = length * jnp.arange(batch, dtype=jnp.int32)[:, None]
     query_code, key_code = (jnp.broadcast_to(x, shape) for x in (source.query_code, source.key_code))
-    # The sort that `bucket_orders` makes of the same arguments: inside one jit, XLA does it once.
-    time, _ = merge_buckets(query_code, key_code, segment_ids)
-    is_key = (time % 2 == 0).reshape(-1)
-    position = (time // 2 + row_begin).reshape(-1)
-    keys_before = jnp.cumsum(is_key.astype(jnp.int32)) - is_key
-    target = jnp.where(is_key, keys_before, num_positions)
+    # What `bucket_orders` makes of the same arguments: inside one jit, XLA does it once.
+    merged = merge_buckets(query_code, key_code, segment_ids, source.num_codes)
+    keys_before = (merged.keys_before + row_begin).reshape(-1)
+    time = (merged.time + 2 * row_begin).reshape(-1)
+    is_key, position = time % 2 == 0, time // 2
+    # (b, t) where the key, and the query, of each position stands in that order.
+    key_place, query_place = ((merged.place[:, first::2] + 2 * row_begin).reshape(-1) for first in (0, 1))
     # Keys by bucket and time: what is a key's number from here on.
-    by_bucket = jnp.zeros(num_positions, jnp.int32).at[target].set(position, mode="drop")
-    # Key x is carried into the chunks that have more than x and at most x + size keys before them.
+    number = keys_before[key_place]
+    place_of = (
+        jnp.zeros(num_positions, jnp.int32)
+        .at[number]
+        .set(key_place, unique_indices=True, mode="promise_in_bounds")
+    )
+    by_bucket = time[place_of] // 2
+    num_chunks, size = -(-2 * num_positions // CHUNK), source.size
+    # Key x is carried into the chunks that begin behind it, up to the last that begins before key x + size
+    # ends.
+    chunks_before = jnp.pad(place_of // CHUNK + 1, (0, size), constant_values=num_chunks)
+    first_chunk = chunks_before[:num_positions]
+    # The number of pairs of the keys before x: a sum of differences, in which most cancels.
+    windows = lax.reduce_window(chunks_before, 0, lax.add, (size,), (1,), "VALID")
+    begin, end = windows[:-1] - windows[0], windows[1:] - windows[0]
     before_chunk = keys_before[::CHUNK]
-    histogram = jnp.zeros(num_positions + source.size + 1, jnp.int32).at[before_chunk].add(1)
-    num_chunks_up_to = jnp.cumsum(histogram)
-    first_chunk = num_chunks_up_to[:num_positions]
-    count = num_chunks_up_to[source.size : num_positions + source.size] - first_chunk
-    own_queries = _cut(jnp.where(is_key, num_positions, position), num_positions)
-    own_keys = _cut(jnp.where(is_key, position, num_positions), num_positions)
-    column = lambda key, chunk: key - before_chunk[chunk] + source.size  # noqa: E731
-    size = source.size
-    return _finish(own_queries, own_keys, by_bucket, first_chunk, count, size, column, multiple)
+    carried_keys = before_chunk[:, None] + jnp.arange(-size, 0, dtype=jnp.int32)
+    carried_keys = jnp.where(carried_keys < 0, num_positions, carried_keys)
+    carried = by_bucket.at[carried_keys].get(mode="fill", fill_value=num_positions)
+    return _finish_listed(
+        _cut(jnp.where(is_key, num_positions, position), num_positions),
+        _cut(jnp.where(is_key, position, num_positions), num_positions),
+        (query_place, key_place),
+        _Carried(carried_keys, carried, number, first_chunk, begin, end),
+        multiple,
+    )
 
 
 def _cut(positions, filler):
@@ -149,19 +194,90 @@ def _finish(own_queries, own_keys, position_of, first_chunk, count, size, column
     keys = keys.reshape(-1).at[slot].set(position, mode="drop").reshape(keys.shape)
     first_carried = jnp.zeros(num_positions, jnp.int32).at[position_of].set(mark, mode="drop")
 
-    def where(table, slots):
-        slots = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None] * slots + jnp.arange(-CHUNK, 0) + slots
-        return jnp.zeros(num_positions, jnp.int32).at[table].set(slots, mode="drop")
-
     return Plan(
         queries=own_queries,
         keys=keys,
-        query_slot=where(own_queries, CHUNK),
-        key_slot=where(own_keys, num_slots),
+        query_slot=_where(own_queries, CHUNK, num_positions),
+        key_slot=_where(own_keys, num_slots, num_positions),
         carried_key=jnp.where(exists, key, num_positions),
         carried_slot=slot,
         first_carried=first_carried,
+        end_carried=jnp.zeros(num_positions, jnp.int32).at[position_of].set(end, mode="drop"),
+        last_runs=_last_runs(jnp.where(exists, key, num_positions), begin, end),
+        natural=own_queries is own_keys,
     )
+
+
+class _Carried(NamedTuple):
+    """Which keys are carried where.
+
+    Attributes:
+      keys, positions: (c, size) the keys that are carried into each chunk, by number and by position; N where
+        there is none.
+      number: (N,) the number of each position's key, or None where that is the position.
+      first_chunk: (N,) the first chunk that each key is carried into, by number, as are the following.
+      begin, end: (N,) where its pairs begin and end among those of all keys in order of their numbers.
+    """
+
+    keys: jax.Array
+    positions: jax.Array
+    number: jax.Array | None
+    first_chunk: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+
+def _finish_listed(own_queries, own_keys, places, carried, multiple, natural=False):
+    """As `_finish`, where the keys carried into each chunk are listed already.
+
+    Args:
+      places: (N,) where each position's query, and its key, stand among all own ones.
+    """
+    num_positions, (num_chunks, size) = carried.begin.shape[0], carried.keys.shape
+    num_pairs = num_chunks * size
+    num_slots = size + CHUNK + -(size + CHUNK) % multiple
+    query_place, key_place = places
+    filler = jnp.full((num_chunks, num_slots - size - CHUNK), num_positions, jnp.int32)
+    chunk = jnp.arange(num_chunks, dtype=jnp.int32)[:, None]
+    exists = carried.keys < num_positions
+    offset = (carried.begin - carried.first_chunk)[jnp.where(exists, carried.keys, 0)]
+    pair = jnp.where(exists, offset + chunk, num_pairs).reshape(-1)
+    slot = (chunk * num_slots + jnp.arange(size, dtype=jnp.int32)).reshape(-1)
+    carried_slot = jnp.zeros(num_pairs, jnp.int32).at[pair].set(slot, mode="drop", unique_indices=True)
+    exists = jnp.arange(num_pairs, dtype=jnp.int32) < carried.end[-1]
+    place = carried_slot // num_slots * size + carried_slot % num_slots
+    carried_key = jnp.where(exists, carried.keys.reshape(-1)[place], num_positions)
+    first_carried = jnp.where(carried.end > carried.begin, carried.begin, num_pairs)
+    end_carried = carried.end
+    if carried.number is not None:
+        first_carried, end_carried = first_carried[carried.number], end_carried[carried.number]
+    return Plan(
+        queries=own_queries,
+        keys=jnp.concatenate([carried.positions, filler, own_keys], axis=1),
+        query_slot=query_place,
+        key_slot=key_place // CHUNK * num_slots + key_place % CHUNK + (num_slots - CHUNK),
+        carried_key=carried_key,
+        carried_slot=carried_slot,
+        first_carried=first_carried,
+        end_carried=end_carried,
+        last_runs=_last_runs(carried_key, carried.begin, carried.end),
+        natural=natural,
+    )
+
+
+def _where(table, slots, num_positions):
+    """(N,) the slot of each position of the last CHUNK columns of a table with so many slots a row."""
+    slots = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None] * slots + jnp.arange(-CHUNK, 0) + slots
+    return jnp.zeros(num_positions, jnp.int32).at[table].set(slots, mode="drop")
+
+
+def _last_runs(carried_key, begin, end):
+    last = jnp.pad(carried_key, (0, -carried_key.shape[0] % PAIRS_OF_BLOCK), constant_values=begin.shape[0])
+    last = last[PAIRS_OF_BLOCK - 1 :: PAIRS_OF_BLOCK]
+    exists = last < begin.shape[0]
+    key = jnp.where(exists, last, 0)
+    # A run that has ended before it begins: nothing to add.
+    return jnp.where(exists[:, None], jnp.stack([begin[key], end[key]], axis=1), 0)
 
 
 def _number_within(chunk, num_chunks):

@@ -44,7 +44,8 @@ def why_not(q, k, v) -> str | None:
 def _fits_chunks(q, v, key_set) -> bool:
     if not chunks.can_plan(key_set):
         return False
-    keys = -(-(CHUNK + max(source.size for source in key_set.sources)) // CHUNK) * CHUNK
+    keys = CHUNK + max(source.size for source in key_set.sources)
+    keys += -keys % building_blocks.KEYS
     num_parts = 1 if q.dtype == jnp.bfloat16 else 3
     features = building_blocks.padded_features(q.shape[-1])
     width = building_blocks.padded_values(v.shape[-1])

@@ -18,8 +18,11 @@ from hax_jax.ops.sparse_attention.chunks import visible
 # How tests on a CPU run the kernels: Pallas' interpreter's settings, or None to compile them.
 interpret: Any = None
 
-# A matrix instruction has 64 rows: chunks have 64 queries, and keys come in groups of 64.
+# A matrix instruction has 64 rows: chunks have 64 queries.
 ROWS = 64
+# The number of keys of a chunk is a multiple of this: Pallas sums over whole tiles of shared memory, which
+# are so long at the second widest swizzle.
+KEYS = 32
 FEATURES = (16, 32, 64, 128)
 # Values are padded to a multiple of this.
 WIDTH = 64
@@ -145,11 +148,15 @@ def array(shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def tiled(shape, dtype):
-    """Shared memory in the tiles that matrix instructions read, with the widest swizzle that fits."""
+def tiled(shape, dtype, summed_over=ROWS):
+    """Shared memory in the tiles that matrix instructions read, with the widest swizzle that fits.
+
+    Both factors of a product need the same one, and where a product sums over rows, `summed_over` of them,
+    these must be whole tiles.
+    """
     for swizzle in (128, 64, 32):
         columns = swizzle // jnp.dtype(dtype).itemsize
-        if shape[-1] % columns == 0:
+        if shape[-1] % columns == 0 and summed_over % columns == 0:
             tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
             swizzling = plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
             return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))

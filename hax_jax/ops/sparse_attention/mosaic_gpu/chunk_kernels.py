@@ -12,8 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hax_jax.ops.running_best_mosaic_gpu import alive_at_chunks
 from hax_jax.ops.sparse_attention.chunks import NO_KEY, NO_QUERY, Tile
 from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks as bb
+from hax_jax.ops.sparse_attention.mosaic_gpu import carried_sums
 
 LOG2E = math.log2(math.e)
 
@@ -91,9 +93,9 @@ def _forward(kinds, scale, q, k, v, rows, columns):
             bb.array((heads, num_chunks, bb.ROWS)),
         ],
         scratch_types=[
-            bb.tiled((num_parts, bb.ROWS, q.shape[-1]), q.dtype),
-            bb.tiled((num_parts, keys, k.shape[-1]), k.dtype),
-            bb.tiled((num_parts, keys, width_of_block), v.dtype),
+            bb.tiled((num_parts, bb.ROWS, q.shape[-1]), q.dtype, keys),
+            bb.tiled((num_parts, keys, k.shape[-1]), k.dtype, keys),
+            bb.tiled((num_parts, keys, width_of_block), v.dtype, keys),
             plgpu.SMEM((columns.shape[1], keys), jnp.int32),
             bb.tiled((bb.ROWS, width_of_block), jnp.float32),
             plgpu.SMEM((bb.ROWS,), jnp.float32),
@@ -105,7 +107,7 @@ def _forward(kinds, scale, q, k, v, rows, columns):
 
 
 def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
-    features, width = q.shape[-1], v.shape[-1]
+    features = q.shape[-1]
     q, k, v = (
         bb.parts(bb.pad_features(q)),
         bb.parts(bb.pad_features(k)),
@@ -116,8 +118,7 @@ def _backward(kinds, scale, q, k, v, rows, columns, d_out, lse, delta):
     statistics = jnp.stack([lse * LOG2E, delta], axis=2)
     arguments = (q, k, v, d_out, rows, columns, statistics)
     d_q = _query_gradient(kinds, scale, *arguments)
-    d_k, d_v = _key_gradients(kinds, scale, *arguments)
-    return d_q[..., :features], d_k[..., :features], d_v[..., :width]
+    return d_q[..., :features], _key_gradients(kinds, scale, *arguments)
 
 
 def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
@@ -156,10 +157,10 @@ def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
         body,
         out_type=bb.array((heads, num_chunks, bb.ROWS, q.shape[-1])),
         scratch_types=[
-            bb.tiled((num_parts, bb.ROWS, q.shape[-1]), q.dtype),
-            bb.tiled((num_parts, keys, k.shape[-1]), k.dtype),
-            bb.tiled((num_parts, keys, width_of_block), v.dtype),
-            bb.tiled((num_parts, bb.ROWS, width_of_block), v.dtype),
+            bb.tiled((num_parts, bb.ROWS, q.shape[-1]), q.dtype, keys),
+            bb.tiled((num_parts, keys, k.shape[-1]), k.dtype, keys),
+            bb.tiled((num_parts, keys, width_of_block), v.dtype, keys),
+            bb.tiled((num_parts, bb.ROWS, width_of_block), v.dtype, keys),
             plgpu.SMEM((columns.shape[1], keys), jnp.int32),
             bb.tiled((bb.ROWS, q.shape[-1]), jnp.float32),
             plgpu.Barrier(num_arrivals=2 * num_parts + 1),
@@ -170,16 +171,44 @@ def _query_gradient(kinds, scale, q, k, v, d_out, rows, columns, statistics):
 
 
 def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
+    """Gradients of values and keys side by side, (h, c, k, f), filled up with anything to whole lanes.
+
+    Values come first: what is written begins at whole tiles of shared memory, and keys may be narrower than
+    those.
+    """
     num_parts, heads, num_chunks, keys = k.shape[:4]
     width_of_block = _block(num_parts, keys, q.shape[-1], v.shape[-1])
     shape = (bb.ROWS, bb.ROWS)
+    # Keys in groups of as many rows as a matrix instruction has: carried ones first, then the chunk's own.
+    # The last group of carried ones may reach into the own; what it has of those is not written.
+    num_carried = keys - bb.ROWS
+    last_group = -(-num_carried // bb.ROWS) - 1
+    rows_of_last = num_carried - last_group * bb.ROWS
     num_blocks = v.shape[-1] // width_of_block
+    width = k.shape[-1] + v.shape[-1]
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, statistics_ref, d_k_ref, d_v_ref,
+    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, statistics_ref, out_ref,
              q_sm, k_sm, v_sm, d_out_sm, rows_sm, statistics_sm, d_k_sm, d_v_sm,
              arrived, values_arrived):  # fmt: skip
         head, chunk, group = (lax.axis_index(name) for name in ("head", "chunk", "block"))
-        here = pl.ds(group * bb.ROWS, bb.ROWS)
+        begin = pl.multiple_of(jnp.minimum(group * bb.ROWS, num_carried), bb.KEYS)
+        here = pl.ds(begin, bb.ROWS)
+
+        def write(source, features):
+            def write_rows(count):
+                to = out_ref.at[head, chunk, pl.ds(begin, count), features]
+                plgpu.copy_smem_to_gmem(source.at[pl.ds(0, count)], to)
+
+            @pl.when(group != last_group)
+            def _():
+                write_rows(bb.ROWS)
+
+            if num_carried:
+
+                @pl.when(group == last_group)
+                def _():
+                    write_rows(rows_of_last)
+
         bb.copy_parts(q_ref, (head, chunk), q_sm, arrived)
         bb.copy_parts(k_ref, (head, chunk, here), k_sm, arrived)
         plgpu.copy_gmem_to_smem(rows_ref.at[chunk], rows_sm, arrived)
@@ -203,7 +232,7 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
         d_scores = jnp.where(visible, weights * (d_weights - delta) * scale, 0.0)
         d_k_sm[...] = bb.product_from_registers(d_scores, q_sm, (bb.ROWS, q.shape[-1]), num_parts)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(d_k_sm, d_k_ref.at[head, chunk, here])
+        write(d_k_sm, pl.ds(v.shape[-1], k.shape[-1]))
 
         def write_block(index, last):
             values = pl.ds(index * width_of_block, width_of_block)
@@ -215,7 +244,7 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             d_v_sm[...] = bb.product_from_registers(weights, d_out_sm, (bb.ROWS, width_of_block), num_parts)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(d_v_sm, d_v_ref.at[head, chunk, here, values])
+            write(d_v_sm, values)
             return last
 
         if num_blocks == 1:
@@ -226,10 +255,7 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
 
     return bb.kernel(
         body,
-        out_type=[
-            bb.array((heads, num_chunks, keys, k.shape[-1])),
-            bb.array((heads, num_chunks, keys, v.shape[-1])),
-        ],
+        out_type=bb.array((heads, num_chunks, keys, width + -width % carried_sums.LANES)),
         scratch_types=[
             bb.tiled((num_parts, bb.ROWS, q.shape[-1]), q.dtype),
             bb.tiled((num_parts, bb.ROWS, k.shape[-1]), k.dtype),
@@ -242,8 +268,14 @@ def _key_gradients(kinds, scale, q, k, v, d_out, rows, columns, statistics):
             plgpu.Barrier(num_arrivals=2 * num_parts + 2),
             plgpu.Barrier(num_arrivals=2 * num_parts),
         ],
-        grid=(heads, num_chunks, keys // bb.ROWS),
+        grid=(heads, num_chunks, last_group + 2),
     )(q, k, v, d_out, rows, columns, statistics)
 
 
-TILE = Tile(_forward, _backward, bb.ROWS)
+def _sums(plan, d_keys, features, width):
+    total = carried_sums.sum_of_slots(plan, d_keys)
+    begin = bb.padded_values(width)
+    return total[..., begin : begin + features], total[..., :width]
+
+
+TILE = Tile(_forward, _backward, _sums, bb.KEYS, alive_at_chunks)
