@@ -3,7 +3,7 @@
 Three kinds of measurements, by their ids:
 
     equality/PRECISION/N   the training command on N devices against one, at the same global batch
-    resume/PRECISION/M-N   begun on M devices, from the middle on with N, against one device throughout
+    resume/PRECISION/M-N   begun on M devices, from the middle on with N, against M throughout
     throughput/device/N    updates on N devices at a constant batch per device
     throughput/global/N    the same at a constant global batch
 
@@ -130,7 +130,7 @@ def line(measured: dict[str, Any]) -> str:
             f"{measured['tokens_per_s'] / 1e6:.2f}M tokens/s"
         )
     beyond = measured["first_step_beyond"]
-    found = f"beyond {TOLERANCE:g} from step {beyond} on" if beyond else "equal"
+    found = f"equal to {TOLERANCE:g} up to step {beyond - 1}" if beyond else "equal"
     decision = measured.get("decision")
     told = f"; first other decision: {decision}" if decision else ""
     return f"{identity}: {found}, largest difference of a loss {measured['loss']:.1e}{told}"
@@ -166,7 +166,7 @@ def _measurements(
 
 def _equality(runs: Runs, count: int) -> dict[str, Any]:
     """A run on `count` devices against that on one; where they part, the first other decision."""
-    found = runs.difference(runs.on(count), TOLERANCE)
+    found = runs.difference(runs.on(1), runs.on(count), TOLERANCE)
     beyond, decision = found["first_step_beyond"], None
     if beyond is not None:
         decision = first_other_decision(runs.decisions(1, beyond), runs.decisions(count, beyond))
@@ -174,8 +174,8 @@ def _equality(runs: Runs, count: int) -> dict[str, Any]:
 
 
 def _resume(runs: Runs, first: int, then: int) -> dict[str, Any]:
-    """A run that changes its devices in the middle, against that on one device throughout."""
-    found = runs.difference(runs.moved(first, then), TOLERANCE)
+    """A run that changes its devices in the middle, against the one that did not."""
+    found = runs.difference(runs.on(first), runs.moved(first, then), TOLERANCE)
     return {"devices": [first, then], "steps": runs.steps, "moved_at": runs.steps // 2, **found}
 
 

@@ -116,28 +116,31 @@ class Runs:
         self._train(then, folder)
         return folder
 
-    def difference(self, folder: pathlib.Path, tolerance: float) -> dict[str, Any]:
-        """How far a run is from that of one device.
+    def difference(self, base: pathlib.Path, folder: pathlib.Path, tolerance: float) -> dict[str, Any]:
+        """How far a run is from another.
 
         Returns:
-          the largest difference of a `loss`, the `first_step_beyond` the tolerance (None: never), the largest
-          difference of a `parameter` at the end, and of one `without_effect` on any loss.
+          the largest difference of a `loss`, the `first_step_beyond` the tolerance (None: never) and the
+          largest `before` it; the largest difference of a `parameter` at the end, and of one `without_effect`
+          on any loss.
         """
         losses = [
             {line["step"]: line["loss"] for line in read_metrics(run) if line["kind"] == "train"}
-            for run in (self.on(1), folder)
+            for run in (base, folder)
         ]
         if not losses[0].keys() == losses[1].keys() == set(range(1, self.steps + 1)):
             raise RuntimeError(f"losses of {len(losses[0])} and {len(losses[1])} steps, not of {self.steps}")
         apart = {step: abs(loss - losses[1][step]) for step, loss in losses[0].items()}
-        one, other = (_parameters(run, self.steps) for run in (self.on(1), folder))
+        one, other = (_parameters(run, self.steps) for run in (base, folder))
         far = {
             name: float(np.abs(x.astype(float) - other[name].astype(float)).max()) for name, x in one.items()
         }
         noise = [far.pop(name) for name in one if name.endswith(_WITHOUT_EFFECT)]
+        beyond = next((step for step, x in apart.items() if x > tolerance), None)
         return {
             "loss": max(apart.values()),
-            "first_step_beyond": next((step for step, x in apart.items() if x > tolerance), None),
+            "first_step_beyond": beyond,
+            "before": max((x for step, x in apart.items() if beyond is None or step < beyond), default=0.0),
             "parameter": max(far.values()),
             "without_effect": max(noise, default=0.0),
         }

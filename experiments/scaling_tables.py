@@ -43,15 +43,14 @@ def _agreement(measured: dict[str, Any], tolerance: float) -> str:
         return f"- {precision}, {where}: {measured['error']}"
     if "moved_at" in measured:
         first, then = measured["devices"]
-        who = f"{first} devices until step {measured['moved_at']}, then {then}"
+        who = f"{first} devices until step {measured['moved_at']}, then {then}, against {first} throughout"
     else:
-        who = f"{measured['devices']} devices"
+        who = f"{measured['devices']} devices against one"
     beyond, steps = measured["first_step_beyond"], measured["steps"]
-    if beyond is None:
-        said = f"all {steps} losses within {tolerance:g} of one device's"
-    else:
-        said = f"losses within {tolerance:g} of one device's up to step {beyond - 1} of {steps}"
-    said += f", largest difference {measured['loss']:.1e}"
+    until = f"all {steps} losses" if beyond is None else f"the losses up to step {beyond - 1} of {steps}"
+    said = f"{until} within {tolerance:g}, largest difference {measured['before']:.1e}"
+    if beyond is not None:
+        said += f" (later {measured['loss']:.1e})"
     if beyond is not None and "moved_at" not in measured:
         said += f"; {_decision(measured['decision'])}"
     return f"- {precision}, {who}: {said}."

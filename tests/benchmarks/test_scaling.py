@@ -40,7 +40,9 @@ def test_runs_are_compared_and_moved(tmp_path):
     (folder / path.name).write_bytes(path.read_bytes())
     text = scaling_tables.section(tmp_path, simulated=True)
     assert "2 x cpu, simulated on a CPU: equality only, nothing to time" in text
-    assert "- float32, 2 devices until step 2, then 1: all 4 losses within 1e-05 of one device's" in text
+    assert (
+        "- float32, 2 devices until step 2, then 1, against 2 throughout: all 4 losses within 1e-05" in text
+    )
     assert scaling_tables.section(tmp_path, simulated=False) is None
 
 
@@ -95,7 +97,14 @@ def test_what_several_gpus_gave_goes_into_the_readme(tmp_path):
         return {"id": f"throughput/{per}/{count}", "session": 0, **one}
 
     decision = {"step": 41, "layer": 1, "kind": "key_code", "row": 3, "position": 7, "count_in_step": 1}
-    compared = {"steps": 200, "loss": 3e-4, "first_step_beyond": 42, "devices": 2, "decision": decision}
+    compared = {
+        "steps": 200,
+        "loss": 3e-4,
+        "before": 4e-6,
+        "first_step_beyond": 42,
+        "devices": 2,
+        "decision": decision,
+    }
     session = {
         "simulated": False,
         "config": "mamba2_hax",
@@ -126,4 +135,5 @@ def test_what_several_gpus_gave_goes_into_the_readme(tmp_path):
     assert update_readme.main(["update_readme.py"], tmp_path) == 0
     text = (tmp_path / "README.md").read_text()
     assert "| 2 | 128 | 1.25 | 47.51M | 80% |" in text and "| 2 | 64 | 0.625 | 47.51M | 80% |" in text
-    assert "up to step 41 of 200, largest difference 3.0e-04; first other decision: step 41, layer 1" in text
+    assert "the losses up to step 41 of 200 within 1e-05, largest difference 4.0e-06 (later 3.0e-04)" in text
+    assert "first other decision: step 41, layer 1, key code at row 3, position 7" in text
