@@ -48,14 +48,13 @@ def test_runs_are_compared_and_moved(tmp_path):
 
 def test_updates_are_timed_and_decisions_kept(tmp_path):
     """In this process, on one device; on several it is the same code."""
-    changes = ("model.sparse_keys=8", "training.warmup_steps=1")
-    experiment = load("mamba2_hax", changes, tiny=True)
     plan = timing.Plan(repeats=2, samples=1, sample_seconds=0.0, seconds=0.1)
-    timed = scaling_process.measure(experiment, plan)
+    timed = scaling_process.measure(load("mamba2_hax", PLAIN[1:], tiny=True), plan)
     assert timed["time"]["seconds"] > 0 and timed["steps_per_dispatch"] == 2
     assert timed["tokens_per_s"] * timed["time"]["seconds"] == pytest.approx(2 * 43, rel=0.3)
 
     path = tmp_path / "decisions.npz"
+    experiment = load("mamba2_hax", ("model.sparse_keys=8", "training.warmup_steps=1"), tiny=True)
     kinds = scaling_process.decide(experiment, 2, path)["decisions"]
     assert kinds == [f"layer0/{kind}" for kind in ("key_code", "lifetime", "query_code", "ranking")]
     with np.load(path) as arrays:
