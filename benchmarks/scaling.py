@@ -67,7 +67,9 @@ def main(given: argparse.Namespace, folder: pathlib.Path) -> None:
     # This process compares files; the devices are for those that it starts.
     jax.config.update("jax_platforms", "cpu")
     machine = Machine(given.simulated, given.cache)
-    about = machine.describe() | {"command": shlex.join(["python", *sys.argv])}
+    # Where files lie on this machine is no part of what was measured.
+    arguments = [word for word in sys.argv if not word.startswith(("--cache", "--out"))]
+    about = machine.describe() | {"command": shlex.join(["python", *arguments])}
     steps = STEPS if given.steps is None else given.steps
     if steps < 4 or steps % 4:
         raise ConfigError("--steps", "a multiple of 4", steps, "such as 200")
