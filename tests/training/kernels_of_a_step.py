@@ -17,11 +17,10 @@ import numpy as np
 
 from hax_jax.data import make_split
 from hax_jax.ops import dispatch
-from hax_jax.training.dispatch import make_dispatch, take_raws
+from hax_jax.training.dispatch import make_update, take_raws
 from hax_jax.training.initialise import prepare
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import kernels_over, make_mesh, put_batch, split_rows
-from hax_jax.training.step import make_rated_step
+from hax_jax.training.sharding import make_mesh, put_batch
 from tests.faults.devices import experiment
 
 
@@ -34,16 +33,14 @@ def kernels(batch_size: int, mesh: jax.sharding.Mesh, members: int) -> list[str]
     settings = dataclasses.replace(settings, model=model, training=training)
     split = make_split(settings.data, "train", mesh.size)
     beginning = prepare(settings, None, make_optimizer(training), mesh)
-    step = make_rated_step(beginning.structure, split_rows(mesh, split.materialize), training)
-    state, rates = beginning.shapes, jax.ShapeDtypeStruct((), np.float32)
+    rates = jax.ShapeDtypeStruct((), np.float32)
     if members:
-        step = jax.vmap(step, in_axes=(0, None, 0))
-        state, rates = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), (state, rates)
-        )
+        stack = lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype)  # noqa: E731
+        shapes, rates = jax.tree.map(stack, (beginning.shapes, rates))
+        beginning = dataclasses.replace(beginning, shapes=shapes)
     raws = put_batch(mesh, take_raws(split.iterator(batch_size, repeat=True), 1, 1), axis=2)
-    update = jax.jit(kernels_over(mesh, make_dispatch(step)))
-    traced = update.trace(state, raws, np.int32(1), rates)
+    update = make_update(beginning, split.materialize, training, mesh, population=bool(members))
+    traced = update.trace(beginning.shapes, raws, np.int32(1), rates, None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return sorted(re.findall(r"custom_call @mosaic_gpu.* : (\(tensor.*)$", text, re.MULTILINE))
 
