@@ -206,18 +206,23 @@ def test_interpreted_kernels_for_long_rows_equal_the_reference(
         segment_ids = jnp.asarray(np.cumsum(g.random((batch, length)) < 0.02, axis=1), jnp.int32)
     # Ties, and a slope so that keys come and go all the time.
     scores = jnp.asarray(g.integers(-9, 9, (batch, length)) + np.arange(length) // 8, jnp.float32)
-    got, want = (
-        np.asarray(ops.key_lifetimes(scores, num_keys, segment_ids=segment_ids, implementation=form))
+    (got, alive), (want, none) = (
+        ops.key_lifetimes_and_alive(scores, num_keys, segment_ids=segment_ids, implementation=form)
         for form in ("mosaic_gpu", "reference")
     )
+    assert none is None
     np.testing.assert_array_equal(got, want)
-    if batch == 1:
-        carried = np.asarray(running_best_mosaic_gpu.alive_at_chunks(jnp.asarray(want[0]), num_keys))
-        for chunk, keys in enumerate(carried):
+    # The batch as one list of positions, in which a row is at least one segment.
+    ids = np.arange(batch)[:, None] * length + np.asarray(0 if segment_ids is None else segment_ids)
+    ids = np.broadcast_to(ids, (batch, length)).reshape(-1)
+    last_seen = (np.asarray(want) + length * np.arange(batch)[:, None]).reshape(-1)
+    last_seen = np.minimum(last_seen, np.searchsorted(ids, ids, side="right"))
+    again = running_best_mosaic_gpu.alive_at_chunks(jnp.asarray(last_seen, jnp.int32), num_keys)
+    for found in (alive, again):
+        for chunk, keys in enumerate(np.asarray(found)):
             begin = chunk * running_best_mosaic_gpu.CHUNK
-            np.testing.assert_array_equal(
-                np.sort(keys[keys < length]), np.flatnonzero(want[0, :begin] > begin)
-            )
+            expected = np.flatnonzero(last_seen[:begin] > begin)
+            np.testing.assert_array_equal(np.sort(keys[keys < ids.size]), expected)
 
 
 def test_kernels_lower_for_hopper(monkeypatch):

@@ -224,9 +224,10 @@ def test_inputs_made_to_hurt_stay_exact_on_a_gpu(kind):
         scores = jnp.arange(length, dtype=jnp.float32)[None] * (1 if kind == "rising" else -1)
     elif kind == "equal":
         scores = jnp.zeros_like(scores)
-    count, order = ops.bucket_orders(*codes)
-    buckets = ops.HashBuckets(size, codes[0], count, codes[1], order)
-    key_set = ops.KeySet((buckets, ops.Lifetimes(size, ops.key_lifetimes(scores, size))))
+    count, order = ops.bucket_orders(*codes, num_codes=256)
+    buckets = ops.HashBuckets(size, codes[0], count, codes[1], order, 256)
+    lifetimes = ops.Lifetimes(size, *ops.key_lifetimes_and_alive(scores, size))
+    key_set = ops.KeySet((buckets, lifetimes))
     inputs = tuple(normal(g, 1, length, 1, 64, dtype=jnp.bfloat16) for _ in "qkv")
     got = run(inputs, key_set, None, "mosaic_gpu")
     want = run(jax.tree.map(lambda x: x.astype(jnp.float32), inputs), key_set, None, "xla")
