@@ -198,7 +198,7 @@ class HaxBranch(nnx.Module):
         if scored is None:
             return result
         key_scores = scored.scores
-        if packed and not self._rule.PADS_COUNT:
+        if sequence.packing is not None and not self._rule.PADS_COUNT:
             key_scores = sequence.packing.to_items(key_scores)
         result = dataclasses.replace(result, key_scores=key_scores)
         return self._with_gate_loss(result, scored, sequence, draws) if train else result
@@ -271,14 +271,15 @@ class HaxBranch(nnx.Module):
                 "`draws=branch.draw(key, batch, length, train=True)`"
             )
         packing, queries = sequence.packing, lax.stop_gradient(result.queries)
-        in_items = packing is None or self._rule.PADS_COUNT
         if packing is not None:
             queries = packing.to_items(queries)
             sequence = Sequence(packing.is_token)
         with jax.named_scope("gate_loss"):
             sampled = sample_keys(draws.noise, self.config.keys_per_source, sequence.padding_mask)
             keys, summary = (
-                jnp.take_along_axis(x, sampled[..., None], axis=1) if in_items else packing.at(x, sampled)
+                packing.at(x, sampled)
+                if packing is not None and not self._rule.PADS_COUNT
+                else jnp.take_along_axis(x, sampled[..., None], axis=1)
                 for x in (scored.keys, scored.summary)
             )
         scores = self.scorer(keys, summary)
