@@ -8,22 +8,28 @@ from benchmarks.record import read
 from experiments.results import FOLDER
 
 
-def section(root: pathlib.Path, *, simulated: bool) -> str | None:
-    """Every file's numbers, of simulated devices or of real ones; None where there are none."""
+def section(root: pathlib.Path, *, simulated: bool, up: str = "") -> str | None:
+    """Every file's numbers, of simulated devices or of real ones; None where there are none.
+
+    Args:
+      root: the checkout.
+      simulated: which of the two.
+      up: the way to the checkout's root from the page's folder, such as '../'.
+    """
     parts = []
     for path in sorted((root / FOLDER / "scaling").glob("*.json")):
         content = read(path, "scaling")
         if content["sessions"][-1]["simulated"] == simulated:
-            parts += _of_file(content, path.relative_to(root))
+            parts += _of_file(content, f"{up}{path.relative_to(root).as_posix()}")
     return "\n".join(["", *parts, ""]) if parts else None
 
 
-def _of_file(content: dict[str, Any], path: pathlib.Path) -> list[str]:
+def _of_file(content: dict[str, Any], link: str) -> list[str]:
     sessions = [content["sessions"][n] for n in sorted({m["session"] for m in content["measurements"]})]
     last = sessions[-1]
     what = "simulated on a CPU: equality only, nothing to time" if last["simulated"] else "of one host"
     device = f"{last['device']['count']} x {last['device']['kind']}, {what}"
-    lines = [f"`{last['config']}`, {device} ([JSON]({path.as_posix()})):", ""]
+    lines = [f"`{last['config']}`, {device} ([JSON]({link})):", ""]
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for measured in content["measurements"]:
         by_kind.setdefault(measured["id"].split("/")[0], []).append(measured)

@@ -79,7 +79,8 @@ def _filled(root: pathlib.Path, texts: dict[str, str]) -> dict[str, tuple[str, s
             filled = fill(filled, content, name, science)
         result[science] = text, filled
     if text := texts[scaling]:
-        found = "\n".join(filter(None, [several, scaling_tables.section(root, simulated=True)]))
+        each = [scaling_tables.section(root, simulated=which, up="../") for which in (False, True)]
+        found = "\n".join(filter(None, each))
         result[scaling] = text, fill(text, found or "\nNot measured yet.\n", "scaling", scaling)
     return result
 
