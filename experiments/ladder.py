@@ -7,7 +7,7 @@ a reason and says what it should do. The file, results/ladder/RUNG_VARIANT.json,
 settings, and for each seed the validation accuracy and the source recall over the steps. --list names the
 variants.
 
-Exit status: 0 done, 2 bad input, said in one line.
+Exit status: 0 done; 2 bad input, said in one line; 143 stopped by a signal, nothing kept.
 """
 
 import dataclasses
@@ -91,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    if result is None:
+        return 143
     out = options.out or FOLDER / f"{options.rung}x{options.rung}_{options.variant}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(results.to_text(result) + "\n")
@@ -143,15 +145,17 @@ def settings(options: Any) -> Experiment:
     return Experiment.from_dict(experiment)
 
 
-def measure(options: Any, command: Sequence[str]) -> dict[str, Any]:
-    """Trains the variant in a folder of its own that is thrown away, and returns what is worth keeping."""
+def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
+    """Trains the variant in a folder that is thrown away; what is worth keeping, or None if it was stopped."""
     from hax_jax.training import environment, train
     from hax_jax.training.metrics import read_metrics
 
     experiment = settings(options)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train(experiment, pathlib.Path(folder) / "run")
+        ended = train(experiment, pathlib.Path(folder) / "run")
+        if ended.test_accuracy is None:
+            return None
         lines = [line for line in read_metrics(pathlib.Path(folder) / "run") if line["kind"] == "valid"]
         (session,) = environment.read_sessions(pathlib.Path(folder) / "run" / "run.json")
     where = {name: session.get(name) for name in ("commit", "uncommitted_changes", "device", "versions")}

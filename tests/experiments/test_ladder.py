@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import ladder
+from hax_jax import training
 
 
 @pytest.mark.parametrize("variant", ladder.VARIANTS)
@@ -37,6 +38,13 @@ def test_a_run_is_kept_with_its_curves(tmp_path, monkeypatch):
     assert {"accuracy", "loss", "recall/1/sign_bin_lsh", "reach/any/any"} <= set(member["curve"])
     assert {len(values) for values in member["curve"].values()} == {2}
     assert result["config"]["model"]["sparse_keys"] == 8
+
+
+def test_a_run_that_was_stopped_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_: training.RunResult("interrupted", 1))
+    out = tmp_path / "small.json"
+    assert ladder.main(["ladder.py", f"--out={out}"]) == 143
+    assert not out.exists()
 
 
 def test_unknown_variants_are_one_line(capsys):
