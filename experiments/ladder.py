@@ -146,7 +146,7 @@ def settings(options: Any) -> Experiment:
 
 
 def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
-    """Trains the variant in a folder that is thrown away; what is worth keeping, or None if it was stopped."""
+    """Trains the variant in a folder that is thrown away; what is worth keeping, None if it was stopped."""
     from hax_jax.training import environment, train
     from hax_jax.training.metrics import read_metrics
 
