@@ -29,8 +29,9 @@ def test_xla_equals_the_reference():
     assert_close(run(xla.gated_rms_norm, inputs), run(reference.gated_rms_norm, inputs))
 
 
-def test_interpreted_kernel_equals_the_reference():
-    inputs = make_inputs(2, 64, 64)
+@pytest.mark.parametrize("rows", [64, 37])
+def test_interpreted_kernel_equals_the_reference(rows):
+    inputs = make_inputs(2, rows, 64)
     mosaic_interpreter.install()
     with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
         got = jax.block_until_ready(run(mosaic_gpu.norm_in_tiles, inputs))
@@ -49,15 +50,15 @@ def test_kernel_lowers_for_a_gpu_without_one(dtype):
 
 
 def test_calls_the_kernel_cannot_run_say_why():
-    with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*got 63 of 32"):
-        ops.gated_rms_norm(**make_inputs(63, 32), eps=1e-5, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*got 24"):
+        ops.gated_rms_norm(**make_inputs(64, 24), eps=1e-5, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="must be float32 or bfloat16, got float16"):
         ops.gated_rms_norm(**make_inputs(64, 32, dtype=jnp.float16), eps=1e-5, implementation="mosaic_gpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(64, 32), (2, 64, 256), (64, 1057, 128)])
+@pytest.mark.parametrize("shape", [(64, 32), (3, 7, 32), (2, 64, 256), (64, 1057, 128)])
 def test_kernel_equals_the_chain_rule(shape, dtype):
     inputs = make_inputs(*shape, dtype=dtype)
     want = run(xla.gated_rms_norm, inputs)

@@ -31,7 +31,7 @@ def gated_rms_norm(
       weight: (d,).
       eps: added to the mean of the squares.
       implementation: None, 'reference', 'xla' or 'mosaic_gpu' (the gradient as a kernel for Hopper GPUs,
-        which None means on such GPUs where it can run the call).
+        which None means on such GPUs where it can run the call and rows come in 64s).
 
     Returns:
       (..., d), at least float32.
@@ -44,7 +44,8 @@ def gated_rms_norm(
     """
     batched = (0, 1) if x.ndim > 1 else ()
     own = devices.share if batched else lambda array: array
-    preferred = dispatch.best(mosaic_gpu.why_not(own(x), own(gate), weight))
+    why_not = mosaic_gpu.why_not(own(x), own(gate), weight) or mosaic_gpu.why_rather_not(own(x))
+    preferred = dispatch.best(why_not)
     function = dispatch.resolve("gated_rms_norm", implementation, IMPLEMENTATIONS, preferred, batched=batched)
     dispatch.check_shape("gated_rms_norm", "gate", gate.shape, x.shape, "..., d")
     dispatch.check_shape("gated_rms_norm", "weight", weight.shape, x.shape[-1:], "d")

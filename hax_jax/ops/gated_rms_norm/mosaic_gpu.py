@@ -32,10 +32,15 @@ def why_not(x, gate, weight) -> str | None:
     dtypes = {array.dtype.name for array in (x, gate, weight)}
     if not dtypes <= {"float32", "bfloat16"}:
         return f"`x`, `gate` and `weight` must be float32 or bfloat16, got {', '.join(sorted(dtypes))}"
-    rows, width = x.size // x.shape[-1], x.shape[-1]
-    if width % COLUMNS or rows % ROWS:
-        return f"`x` must have a multiple of {ROWS} rows of a multiple of {COLUMNS}, got {rows} of {width}"
+    if x.shape[-1] % COLUMNS:
+        return f"`x` must have a multiple of {COLUMNS} features, got {x.shape[-1]}"
     return None
+
+
+def why_rather_not(x) -> str | None:
+    """Why None should not mean the kernel: rows that do not fill its programs are copied first."""
+    rows = x.size // x.shape[-1]
+    return f"{rows} rows are no multiple of {ROWS}" if rows % ROWS else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -51,9 +56,11 @@ def _forward(x, gate, weight, eps):
 def _backward(eps, residuals, dy):
     x, gate, weight = residuals
     width = x.shape[-1]
-    x_rows, gate_rows, dy_rows = (array.reshape(-1, width) for array in (x, gate, dy))
-    dx, dgate, dweight = _gradients(x_rows, gate_rows, dy_rows, weight.astype(jnp.float32), eps)
-    return dx.reshape(x.shape), dgate.reshape(x.shape), dweight.sum(0).astype(weight.dtype)
+    rows = x.size // width
+    # Zeros have no part in the weight's gradient.
+    filled = lambda array: jnp.pad(array.reshape(rows, width), ((0, -rows % ROWS), (0, 0)))  # noqa: E731
+    dx, dgate, dweight = _gradients(filled(x), filled(gate), filled(dy), weight.astype(jnp.float32), eps)
+    return dx[:rows].reshape(x.shape), dgate[:rows].reshape(x.shape), dweight.sum(0).astype(weight.dtype)
 
 
 norm_in_tiles.defvjp(_forward, _backward)
