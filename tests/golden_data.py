@@ -70,13 +70,16 @@ class Golden:
         self.used: set[str] = set()
 
     def path(self, name: str) -> pathlib.Path:
-        """The file called `name`. Missing, it fails the test under CI=true and skips it elsewhere."""
+        """The file called `name`. Missing, it skips the test; in CI it fails if the whole set is at hand."""
         for folder in directories():
             if (folder / name).is_file():
                 self.used.add(name)
                 return folder / name
         message = f"golden file {name} is in none of {', '.join(map(str, directories()))}; set HAX_GOLDEN_DIR"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
+        # A clone alone has only the choice in tests/golden, and has to be able to test itself with that.
+        *elsewhere, _ = directories()
+        whole_set = "HAX_GOLDEN_DIR" in os.environ or any(folder.is_dir() for folder in elsewhere)
+        if whole_set and os.environ.get("CI", "").lower() in ("1", "true"):
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
 

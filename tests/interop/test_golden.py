@@ -129,3 +129,17 @@ def test_weights_of_another_model_are_refused(golden, tmp_path, capsys):
     path = str(rewrite(tmp_path / "A.npz", arrays | {"meta_json": np.array(json.dumps(meta))}))
     assert check_golden.main([path]) == 2
     assert "embeddings.weight has shape (100, 64), expected (100, 32)" in capsys.readouterr().err
+
+
+def test_a_missing_golden_file_fails_in_ci_where_the_whole_set_should_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(golden_data, "REPOSITORY", tmp_path / "checkout")
+    monkeypatch.delenv("HAX_GOLDEN_DIR", raising=False)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.skip.Exception, match=r"none\.npz is in none of"):
+        golden_data.Golden().path("none.npz")
+    (tmp_path / "shared" / "golden").mkdir(parents=True)
+    with pytest.raises(pytest.fail.Exception, match=r"none\.npz is in none of"):
+        golden_data.Golden().path("none.npz")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception):
+        golden_data.Golden().path("none.npz")

@@ -13,13 +13,14 @@ _FOLDERS = (REPOSITORY.parent / "shared" / "golden", REPOSITORY / "tests" / "gol
 
 
 def path(name: str) -> pathlib.Path:
-    """The file called `name`. Missing, it fails the test under CI=true and skips it elsewhere."""
+    """The file called `name`. Missing, it skips the test; in CI it fails if the whole set is at hand."""
     named = os.environ.get("HAX_GOLDEN_DIR")
     for folder in (*([pathlib.Path(named)] if named else []), *_FOLDERS):
         if (folder / name).is_file():
             return folder / name
     message = f"golden file {name} was not found; set HAX_GOLDEN_DIR"
-    if os.environ.get("CI", "").lower() in ("1", "true"):
+    whole_set = named or _FOLDERS[0].is_dir()
+    if whole_set and os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
 
