@@ -44,6 +44,7 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "hax": "branch_glue",
     "block": "residual",
     "packing": "packing",
+    "recall": "recall",
     "draw": "draws",
     "optimizer": "optimizer",
     "update": "optimizer",

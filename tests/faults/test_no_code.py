@@ -23,7 +23,11 @@ _listening = False
 
 
 def _hook(event, arguments):
-    if _listening and event in _EVENTS:
+    if not _listening or event not in _EVENTS:
+        return
+    # Where a library prints a traceback, Python parses the lines of its own source that stand in it.
+    parsed_alone = event == "compile" and arguments[1] == "<unknown>"
+    if not parsed_alone:
         _seen.append(event)
 
 

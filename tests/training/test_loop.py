@@ -199,8 +199,16 @@ def _interrupt_at(step, settings, folder, number=signal.SIGTERM, model=None):
         Evaluator.__call__ = original
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A process that a shell began in the background ignores SIGINT, and a run leaves that so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_in_an_evaluation_saves_and_the_evaluation_is_made_up_for(tmp_path, number):
+def test_signal_in_an_evaluation_saves_and_the_evaluation_is_made_up_for(tmp_path, number, heeds_interrupts):
     before = signal.getsignal(number)
     whole = train(tiny_experiment(), tmp_path / "whole", model=TinyModel())
     broken = _interrupt_at(2, tiny_experiment(), tmp_path / "broken", number)
