@@ -31,8 +31,14 @@ def _tokens(seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (2, LENGTH), 0, example.VOCAB_SIZE)
 
 
-@functools.partial(jax.jit, static_argnames="train")
 def _run(tokens, padding_mask=None, key=None, train=False) -> example.Output:
+    # Kept for all tests, so it must not be made while something is traced.
+    _model()
+    return _traced(tokens, padding_mask, key, train)
+
+
+@functools.partial(jax.jit, static_argnames="train")
+def _traced(tokens, padding_mask, key, train) -> example.Output:
     return _model()(tokens, padding_mask=padding_mask, key=key, train=train)
 
 
