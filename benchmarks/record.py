@@ -3,11 +3,13 @@
 import datetime
 import json
 import pathlib
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.results import to_text
+from experiments.results import to_text, without_options
 from hax_jax.config import ConfigError
 from hax_jax.training.environment import describe
 from hax_jax.training.files import plain, write_atomically
@@ -25,7 +27,7 @@ class Record:
       add: keep what the file holds; a measurement of the same `id` is replaced. Otherwise begin anew.
       commit: of the code, where this is not a checkout that git knows.
       note: a remark that goes with this session.
-      about: command, devices and versions of the session, where this process is not the one that measures.
+      about: devices and versions of the session, where this process is not the one that measures.
 
     Raises:
       ConfigError: `add` is asked for and the file is no record of this suite, or it cannot be written.
@@ -54,6 +56,7 @@ class Record:
         )
         started = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
         self.session: dict[str, Any] = {"started": started, "seconds": 0.0, **(about or describe())}
+        self.session["command"] = shlex.join(["python", *without_options(sys.argv, ("--out", "--cache"))])
         if commit is not None:
             self.session |= {"commit": commit, "uncommitted_changes": None}
         if note:

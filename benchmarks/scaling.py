@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -67,9 +65,7 @@ def main(given: argparse.Namespace, folder: pathlib.Path) -> None:
     # This process compares files; the devices are for those that it starts.
     jax.config.update("jax_platforms", "cpu")
     machine = Machine(given.simulated, given.cache)
-    # Where files lie on this machine is no part of what was measured.
-    arguments = [word for word in sys.argv if not word.startswith(("--cache", "--out"))]
-    about = machine.describe() | {"command": shlex.join(["python", *arguments])}
+    about = machine.describe()
     steps = STEPS if given.steps is None else given.steps
     if steps < 4 or steps % 4:
         raise ConfigError("--steps", "a multiple of 4", steps, "such as 200")

@@ -194,14 +194,10 @@ def _hold(file: pathlib.Path | None) -> None:
 def _told(argv: Sequence[str]) -> str:
     """The command without what names places on this machine."""
     places = ("--out", "--commit", "--exchange", "--hold", "--torch_python")
-    words, skip = [], False
-    for word in argv[1:]:
+    words = []
+    for word in results.without_options(argv[1:], places):
         name, given, value = word.partition("=")
-        if skip or name in places:
-            skip = not skip and not given
-        else:
-            golden = name == "--golden" and given
-            words.append(f"--golden={pathlib.Path(value).name}" if golden else word)
+        words.append(f"--golden={pathlib.Path(value).name}" if name == "--golden" and given else word)
     return shlex.join(["python", "experiments/compare_pytorch.py", *words])
 
 

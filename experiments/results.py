@@ -71,6 +71,18 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", "arguments that --help lists", message, "see --help")
 
 
+def without_options(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A command's words without these options and their values, such as those that say where files lie."""
+    kept, skip = [], False
+    for word in words:
+        name, given, _ = word.partition("=")
+        if skip or name in names:
+            skip = not skip and not given
+        else:
+            kept.append(word)
+    return kept
+
+
 def read(path: pathlib.Path, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:
     """A result that `export_result.py` wrote, or a file of other fields; raises ConfigError if it is none."""
     try:
