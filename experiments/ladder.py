@@ -112,6 +112,7 @@ def _options(argv: Sequence[str]) -> Any:
         "--precision", default="default", help="float32 on a CPU, which lacks bfloat16 products"
     )
     parser.add_argument("--out", type=pathlib.Path, help="default results/ladder/RUNG_VARIANT.json")
+    parser.add_argument("--commit", help="the code's commit, where git does not know it")
     options = parser.parse_args(argv[1:])
     if options.variant not in VARIANTS:
         raise ConfigError("--variant", f"one of {', '.join(VARIANTS)}", options.variant, "see --list")
@@ -159,6 +160,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
         lines = [line for line in read_metrics(pathlib.Path(folder) / "run") if line["kind"] == "valid"]
         (session,) = environment.read_sessions(pathlib.Path(folder) / "run" / "run.json")
     where = {name: session.get(name) for name in ("commit", "uncommitted_changes", "device", "versions")}
+    where["commit"] = where["commit"] or options.commit
     members = []
     for index, member in enumerate(experiment.members):
         mine = [line for line in lines if line["member"] == index]
