@@ -60,7 +60,8 @@ class Machine:
         return done.stdout
 
     def _environment(self, count: int | None) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         if self.cache is not None:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache.absolute())
         if self.simulated:

@@ -97,8 +97,9 @@ def _parser() -> results.Parser:
 def collect(workdir: pathlib.Path, said: Given | None = None) -> dict[str, Any]:
     """The result of the run in `workdir`; raises ConfigError where something is missing or contradicts.
 
-    Accuracies are in [0, 1], losses in nats. `curve.train` holds means since the log step before, of at most
-    `MOST_POINTS` log steps; `seconds.training` leaves out compilation, evaluation and checkpoints.
+    Accuracies are in [0, 1], losses in nats. `curve.train` holds means since the log step before; of log
+    steps and of validations there are at most `MOST_POINTS` each. `seconds.training` leaves out compilation,
+    evaluation and checkpoints.
     """
     config = read_config(workdir)
     experiment = Experiment.from_dict(config["experiment"])
@@ -130,7 +131,7 @@ def collect(workdir: pathlib.Path, said: Given | None = None) -> dict[str, Any]:
     sessions = read_sessions(workdir / "run.json")
     said = said or Given()
     where = _where(sessions, said, experiment)
-    measured["seconds"]["wall"] = said.wall_seconds or wall_seconds(sessions)
+    measured["seconds"]["wall"] = said.wall_seconds or wall_seconds(sessions) or _of_population(workdir)
     shapes = nnx.eval_shape(lambda: build_model(experiment.model, rngs=nnx.Rngs(0)))
     num_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
     return {
@@ -222,8 +223,8 @@ def _measured(entries: dict[str, list[dict]], done: RunResult) -> dict[str, Any]
 
 
 def _curves(entries: dict[str, list[dict]]) -> dict[str, Any]:
-    """Columns by kind. Of the training every n-th log step stays, counted from the last."""
-    chosen = {"train": results.thinned(entries["train"], MOST_POINTS), "valid": entries["valid"]}
+    """Columns by kind. Every n-th line stays, counted from the last: at most `MOST_POINTS` of each kind."""
+    chosen = {kind: results.thinned(entries[kind], MOST_POINTS) for kind in ("train", "valid")}
     seen = _recall(entries["valid"][-1]).get("recall", ())
     quantities = {"train": ("loss", "gate_loss", "accuracy"), "valid": ("loss", "accuracy", *seen)}
     return {
@@ -259,6 +260,7 @@ def _where(sessions: list[dict[str, Any]], said: Given, experiment: Experiment) 
     for name in ("command", "commit", "device"):
         if name not in found:
             raise ConfigError(name, "recorded in the run's run.json, or given", None, f"give --{name}")
+    found["command"] = results.without_places(found["command"])
     return {name: found[name] for name in _WHERE if name in found}
 
 
@@ -302,6 +304,12 @@ def _versions(text: str | None) -> dict[str, str] | None:
     if not all(name.strip() and version.strip() for name, _, version in pairs):
         raise ConfigError("--versions", "NAME=VERSION,NAME=VERSION,...", text, "for example jax=0.11.2")
     return {name.strip(): version.strip() for name, _, version in pairs}
+
+
+def _of_population(workdir: pathlib.Path) -> float | None:
+    """The time of the population that a run was a member of; the member's own record ends before that."""
+    together = workdir.resolve().parent
+    return wall_seconds(read_sessions(together.parent / "run.json")) if together.name == "members" else None
 
 
 def wall_seconds(sessions: list[dict[str, Any]]) -> float | None:

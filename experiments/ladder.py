@@ -12,6 +12,7 @@ Exit status: 0 done; 2 bad input, said in one line; 143 stopped by a signal, not
 
 import dataclasses
 import pathlib
+import shlex
 import sys
 import tempfile
 import time
@@ -176,7 +177,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
         "format_version": results.FORMAT_VERSION,
         "name": experiment.name,
         "prediction": VARIANTS[options.variant].prediction,
-        "command": " ".join(command),
+        "command": results.without_places(shlex.join(command)),
         **where,
         "seconds": round(time.perf_counter() - begin, 1),
         "config": experiment.to_dict(),

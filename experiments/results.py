@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -81,6 +83,12 @@ def without_options(words: Sequence[str], names: Sequence[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def without_places(command: str) -> str:
+    """A recorded command without the options whose value is a place on one machine, an absolute path."""
+    words = shlex.split(command)
+    return shlex.join(word for word in words if not os.path.isabs(word.partition("=")[2]))
 
 
 def read(path: pathlib.Path, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def add(
         "row": cell.row,
         "mode": wish.mode,
         "steps": cell.shared.training.num_steps,
-        "command": command,
+        "command": results.without_places(command),
         "num_parameters": num_parameters,
         "config": _config(cell.shared),
         "summary": summary(ordered),

@@ -42,6 +42,22 @@ def test_a_recorded_run_needs_no_arguments(tmp_path, out, capsys):
     assert "earlier_sessions" not in result and "note" not in result
 
 
+def test_places_on_a_machine_are_no_part_of_a_command(tmp_path, out):
+    command = f"python x --workdir={tmp_path} --config.data.data_dir=data/small '--config.name=a b'"
+    assert export(make(tmp_path / "run", sessions=[session(command=command)]), out) == 0
+    told = "python x --config.data.data_dir=data/small '--config.name=a b'"
+    assert results.read(out)["command"] == told
+
+
+def test_a_member_took_the_time_of_its_population(tmp_path, out):
+    """Its own record was copied before the end."""
+    together = tmp_path / "run"
+    workdir = make(together / "members" / "seed0", sessions=[session(seconds=None)])
+    (together / "run.json").write_text(json.dumps({"format_version": 1, "sessions": [session(seconds=70.0)]}))
+    assert export(workdir, out) == 0
+    assert results.read(out)["seconds"]["wall"] == 70.0
+
+
 def test_measurements_are_kept_and_rounded(tmp_path, out):
     assert export(make(tmp_path / "run", sessions=[session()]), out) == 0
     result = results.read(out)

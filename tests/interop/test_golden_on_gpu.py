@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 from hax_jax.interop.golden import check_file
 from hax_jax.interop.golden.files import GoldenFile, model_config
@@ -16,6 +17,15 @@ from hax_jax.models import build_model
 from hax_jax.ops import dispatch
 from hax_jax.training.state import split_model
 from tests.ops.cases import TOLERANCE, relative_error
+
+
+@pytest.fixture(autouse=True)
+def _one_gpu():
+    """A mesh of one GPU: with several and no mesh the ops would leave their kernels aside."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        yield
+
 
 HAX = ("A_mamba2_hax.npz", "A_mamba_hax.npz")
 PATTERNS = ("A_mamba2_dilated.npz", "A_mamba2_sliding_window_and_sink.npz")
