@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
+from hax_jax.ops import devices
 from hax_jax.ops.numerics import einsum
 
 # A gradient of W summed over at least so many positions is summed in so many parts side by side.
@@ -86,13 +87,15 @@ split_matmul.defvjp(_split_matmul_forward, _split_matmul_backward)
 
 def _sum_of_products(x, d_y):
     """x^T d_y for x (m, i) and d_y (m, o), at least float32."""
-    positions = x.shape[0]
+    # Of each device: those of all of them together would leave a device fewer and longer parts.
+    shards = devices.count()
+    positions = x.shape[0] // shards
     parts = math.gcd(positions, _MOST_PARTS)
-    if positions < _MANY_POSITIONS or parts < _MOST_PARTS // 8:
+    if x.shape[0] % shards or positions < _MANY_POSITIONS or parts < _MOST_PARTS // 8:
         return einsum("mi,mo->io", x, d_y)
     # A small W is a few tiles, and a GPU has many processors. Left to itself, XLA divides the sum too, but
     # copies both factors first where its parts do not divide the positions.
-    x, d_y = (array.reshape(parts, -1, array.shape[1]) for array in (x, d_y))
+    x, d_y = (array.reshape(parts * shards, -1, array.shape[1]) for array in (x, d_y))
     return einsum("pmi,pmo->pio", x, d_y).sum(axis=0)
 
 

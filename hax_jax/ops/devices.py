@@ -88,6 +88,12 @@ def divides_batches() -> bool:
     return _mesh_to_divide_over() is not None
 
 
+def count() -> int:
+    """Over how many devices batches are divided here."""
+    mesh = _mesh_to_divide_over()
+    return 1 if mesh is None else mesh.shape[BATCH_AXIS]
+
+
 def _mesh_to_divide_over() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

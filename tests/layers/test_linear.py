@@ -69,6 +69,15 @@ def test_gradients_of_lookups_that_share_their_tokens():
         np.testing.assert_allclose(together[member], gradient(tables[member], weights[member]), rtol=1e-6)
 
 
+def test_each_device_sums_as_many_parts_as_one_device_alone():
+    """Twice the positions on two devices: the parts of each are as many and as long as before."""
+    x, kernel = normal(0, 16384, 6), normal(1, 6, 5)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(lambda kernel: matmul(x, kernel, BF16).sum())).lower(kernel).as_text()
+    assert re.search(r"dot_general.*?: \(tensor<128x128x6xbf16>, tensor<128x128x5xbf16>", text)
+
+
 def test_gradient_over_many_positions_is_the_sum_of_that_over_parts():
     """8,192 positions are summed in 64 parts side by side, 8,191 in one."""
     x, kernel, weight = normal(0, 8192, 6), normal(1, 6, 5), normal(2, 8192, 5)
