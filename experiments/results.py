@@ -122,7 +122,7 @@ def paper_accuracy(result: dict[str, Any]) -> float | None:
     data, paper_data = experiment(result).data, DataConfig()
     sizes = ("min_n_context", "max_n_context", "min_n_key", "max_n_key", "n_value")
     same = all(getattr(data, name) == getattr(paper_data, name) for name in sizes)
-    return PAPER.get(row_name(result)) if same else None
+    return PAPER.get(row_name(result).removesuffix("_parity")) if same else None
 
 
 def row_name(result: dict[str, Any]) -> str:

@@ -102,14 +102,13 @@ def section(root: pathlib.Path) -> str:
     found = [(path.relative_to(root), results.read(path)) for path in paths]
     if not found:
         return "\nNo results yet.\n"
-    lines = ["", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+    groups = results.by_seed(found, lambda one: one[1])
+    several = [f"- {_over_seeds([result for _, result in group])}" for group in groups if len(group) > 1]
+    lines = ["", *several, *([""] if several else []), _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
     lines += [_row(_cells(path, result)) for path, result in found]
-    for group in results.by_seed(found, lambda one: one[1]):
+    for group in groups:
         # Seeds of one population share all circumstances; the figure is the first one's.
-        path, result = group[0]
-        lines += ["", *_details(path, result, root)]
-        if len(group) > 1:
-            lines += ["", _over_seeds([result for _, result in group])]
+        lines += ["", *_details(*group[0], root)]
     return "\n".join([*lines, ""])
 
 
@@ -118,15 +117,26 @@ def _over_seeds(group: Sequence[dict[str, Any]]) -> str:
     accuracy = [100 * result["test"]["accuracy"] for result in group]
     seeds = ", ".join(str(result["config"]["seed"]) for result in group)
     text = (
-        f"`{results.row_name(group[0])}` over seeds {seeds}: mean {statistics.fmean(accuracy):.2f}%, worst "
-        f"{min(accuracy):.2f}%"
+        f"**`{results.row_name(group[0])}`, seeds {seeds}, {group[0]['steps']:,} steps: mean "
+        f"{statistics.fmean(accuracy):.2f}%, worst {min(accuracy):.2f}%**"
     )
     paper = results.paper_accuracy(group[0])
-    passed = [] if paper is None else [results.first_step_above(result, paper / 100) for result in group]
-    if passed and None not in passed:
-        steps = sorted(step for step in passed if step is not None)
-        text += f"; the paper's {paper:.1f}% was passed in validation at step {steps[0]:,} to {steps[-1]:,}"
-    return f"{text}."
+    if paper is None:
+        return f"{text}."
+    passed = [results.first_step_above(result, paper / 100) for result in group]
+    told = ["never" if step is None else f"at {step:,}" for step in passed]
+    together = results.first_step_above(_mean_curve(group), paper / 100)
+    mean = "never" if together is None else f"at step {together:,}"
+    return (
+        f"{text}. The paper's {paper:.1f}% is passed in validation {', '.join(told)}; by their mean {mean}."
+    )
+
+
+def _mean_curve(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean validation accuracy of runs that validate at the same steps, in the form of a result."""
+    valid = [result["curve"]["valid"] for result in group]
+    mean = [statistics.fmean(point) for point in zip(*(curve["accuracy"] for curve in valid), strict=True)]
+    return {"curve": {"valid": {"step": valid[0]["step"], "accuracy": mean}}}
 
 
 def _read(root: pathlib.Path, name: str) -> str:

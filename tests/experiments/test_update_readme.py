@@ -6,6 +6,7 @@ import pytest
 
 from experiments import export_result, update_readme
 from experiments.update_readme import BEGIN, END
+from hax_jax.config import Experiment
 from tests.experiments.finished_run import experiment, make, session
 
 
@@ -53,8 +54,26 @@ def test_seeds_of_one_run_have_a_mean_and_a_worst(checkout, tmp_path):
         assert export_result.main(["export_result.py", str(workdir), f"--out={out}"]) == 0
     assert run(checkout) == 0
     text = (checkout / "README.md").read_text()
-    assert "`tiny` over seeds 0, 1, 2: mean 67.71%, worst 50.00%." in text
+    assert "**`tiny`, seeds 0, 1, 2, 1,000 steps: mean 67.71%, worst 50.00%**." in text
     assert text.count(session()["command"]) == 1
+
+
+def test_seeds_are_told_apart_by_when_they_pass_the_paper():
+    group = [
+        {
+            "config": dataclasses.replace(
+                Experiment(name=f"mamba2_hax_lr0.002_seed{seed}"), seed=seed
+            ).to_dict(),
+            "steps": 3000,
+            "test": {"accuracy": curve[-1]},
+            "curve": {"valid": {"step": [1000, 2000, 3000], "accuracy": curve}},
+        }
+        for seed, curve in enumerate(([0.1, 0.8, 0.9], [0.1, 0.6, 0.7], [0.2, 0.9, 1.0]))
+    ]
+    assert update_readme._over_seeds(group) == (
+        "**`mamba2_hax`, seeds 0, 1, 2, 3,000 steps: mean 86.67%, worst 70.00%**. The paper's 74.3% is passed in "
+        "validation at 2,000, never, at 2,000; by their mean at step 2,000."
+    )
 
 
 def test_a_figure_is_shown_where_there_is_one(checkout):
