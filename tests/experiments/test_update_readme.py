@@ -71,8 +71,8 @@ def test_seeds_are_told_apart_by_when_they_pass_the_paper():
         for seed, curve in enumerate(([0.1, 0.8, 0.9], [0.1, 0.6, 0.7], [0.2, 0.9, 1.0]))
     ]
     assert update_readme._over_seeds(group) == (
-        "**`mamba2_hax`, seeds 0, 1, 2, 3,000 steps: mean 86.67%, worst 70.00%**. The paper's 74.3% is passed "
-        "in validation at 2,000, never, at 2,000; by their mean at step 2,000."
+        "**`mamba2_hax`, seeds 0, 1, 2, 3,000 steps: mean 86.67%, worst 70.00%**. The paper's 74.3% is "
+        "passed in validation at 2,000, never, at 2,000; by their mean at step 2,000."
     )
 
 
