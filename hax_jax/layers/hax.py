@@ -189,6 +189,7 @@ class HaxBranch(nnx.Module):
             segment_ids=sequence.segment_ids,
             scale=1.0,
             empty_rows="zero" if packed else self._rule.EMPTY_ROWS,
+            dtype=inner,
             implementation=self.config.op_implementation,
         )[:, :, 0]
         if packed and self._rule.EMPTY_ROWS == "uniform":
