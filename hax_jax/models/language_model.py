@@ -21,6 +21,7 @@ from hax_jax.layers import (
     Sequence,
     SwiGLU,
     WindowAttention,
+    with_gate_losses,
 )
 from hax_jax.layers.routing import RULES
 from hax_jax.layers.sequence import Keep
@@ -74,14 +75,13 @@ class Block(nnx.Module):
         x: Float[Array, "b t d"],
         sequence: Sequence,
         draws: RoutingDraws | None,
-        train: bool,
         keep: Keep | None = None,
     ) -> tuple[Float[Array, "m s d"], LayerOutput]:
         branch = None
         if isinstance(self.mixer, WindowAttention):
             mixed = self.mixer(self.norm(x), sequence, keep=keep)
         else:
-            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train, keep=keep)
+            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, keep=keep)
         if keep is not None:
             x = keep(x)
         x = RULES[self.routing].residual(x, self.arch) + mixed
@@ -179,11 +179,26 @@ class LanguageModel(nnx.Module):
         layers = []
         for index, (layer, layer_draws) in enumerate(zip(self.layers, draws, strict=True)):
             is_last = index == len(self.layers) - 1
-            x, output = layer(x, sequence, layer_draws, train, keep if is_last else None)
+            x, output = layer(x, sequence, layer_draws, keep if is_last else None)
             layers.append(output)
+        if train:
+            layers = self._with_gate_losses(layers, draws, sequence)
         hidden = self.norm(x)
         gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
         return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
+
+    def _with_gate_losses(self, layers, draws, sequence):
+        places = [place for place, output in enumerate(layers) if output.branch is not None]
+        branches = with_gate_losses(
+            [self.layers[place].mixer.hax for place in places],
+            [layers[place].branch for place in places],
+            [draws[place] for place in places],
+            sequence,
+        )
+        layers = list(layers)
+        for place, branch in zip(places, branches, strict=True):
+            layers[place] = dataclasses.replace(layers[place], branch=branch)
+        return layers
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
