@@ -80,11 +80,12 @@ class Mamba2(nnx.Module):
         matmul = self.precision.matmul
         y, _ = ssd(
             by_head.astype(matmul),
-            jax.nn.softplus(dt.astype(wide_dtype) + self.dt_bias[...].astype(wide_dtype)),
+            dt,
             -jnp.exp(self.A_log[...].astype(wide_dtype)),
             B.reshape(by_group).astype(matmul),
             C.reshape(by_group).astype(matmul),
             D=self.D[...],
+            dt_bias=self.dt_bias[...],
             segment_ids=sequence.segment_ids,
             chunk_size=config.chunk_size,
             implementation=config.op_implementation,
