@@ -95,7 +95,9 @@ class Mamba2(nnx.Module):
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)
             y = y + branch.output
-        y = y.astype(self.precision.inner)
+        if self.hax is not None or keep is not None:
+            # What is written before the norm. Otherwise its kernels read what the recurrence has written.
+            y = y.astype(self.precision.inner)
         if keep is not None:
             y, gate = keep(y), keep(gate)
         return self.out_proj(self.norm(y, gate)), branch
