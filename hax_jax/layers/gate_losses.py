@@ -58,8 +58,9 @@ def gate_losses(
       sequence: the rows.
     """
 
-    def of_branch(scorer, *arrays):
-        return _gate_loss(scorer, *lax.stop_gradient(arrays), num_samples, rule, sequence)
+    def of_branch(scorer, queries, scored, noise):
+        queries, scored, noise = lax.stop_gradient((queries, scored, noise))
+        return _gate_loss(scorer, queries, scored, noise, num_samples, rule, sequence)
 
     arrays = list(zip(queries, scored, noise, strict=True))
     if len(arrays) == 1:

@@ -190,7 +190,7 @@ class HaxBranch(nnx.Module):
         if packed and self._rule.EMPTY_ROWS == "uniform":
             attention = self._uniform_where_empty(attention, queries, keys, v, key_set, sequence)
         output = (attention * self.output_scale[...]).astype(self.precision.inner)
-        if scored is not None and packed and not self._rule.PADS_COUNT:
+        if scored is not None and sequence.packing is not None and not self._rule.PADS_COUNT:
             key_scores = sequence.packing.to_items(key_scores)
         result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()), key_scores, scored)
         return with_gate_losses([self], [result], [draws], sequence)[0] if train else result
@@ -286,26 +286,27 @@ def with_gate_losses(
     Raises:
       ValueError: no noise in `draws`.
     """
-    places = [place for place, result in enumerate(results) if result.scored is not None]
-    if not places:
+    scored = {place: result.scored for place, result in enumerate(results) if result.scored is not None}
+    if not scored:
         return list(results)
-    if any(draws[place].noise is None for place in places):
+    noise = [drawn for place in scored if (drawn := draws[place].noise) is not None]
+    if len(noise) < len(scored):
         raise ValueError(
             "`draws.noise` must be an array in training with key selection, got None; pass "
             "`draws=branch.draw(key, batch, length, train=True)`"
         )
-    first = branches[places[0]]
+    config = branches[min(scored)].config
     losses = gate_losses(
-        [branches[place].scorer for place in places],
-        [results[place].queries for place in places],
-        [results[place].scored for place in places],
-        [draws[place].noise for place in places],
-        num_samples=first.config.keys_per_source,
-        rule=RULES[first.config.routing],
+        [branches[place].scorer for place in scored],
+        [results[place].queries for place in scored],
+        list(scored.values()),
+        noise,
+        num_samples=config.keys_per_source,
+        rule=RULES[config.routing],
         sequence=sequence,
     )
     with_losses = list(results)
-    for place, found in zip(places, losses, strict=True):
+    for place, found in zip(scored, losses, strict=True):
         with_losses[place] = dataclasses.replace(
             results[place], gate_loss=found.loss, sampled_scores=found.scores, sampled_targets=found.targets
         )

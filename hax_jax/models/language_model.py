@@ -189,15 +189,16 @@ class LanguageModel(nnx.Module):
 
     def _with_gate_losses(self, layers, draws, sequence):
         places = [place for place, output in enumerate(layers) if output.branch is not None]
-        branches = with_gate_losses(
-            [self.layers[place].mixer.hax for place in places],
+        branches: list[Any] = [getattr(layer.mixer, "hax", None) for layer in self.layers]
+        results = with_gate_losses(
+            [branches[place] for place in places],
             [layers[place].branch for place in places],
             [draws[place] for place in places],
             sequence,
         )
         layers = list(layers)
-        for place, branch in zip(places, branches, strict=True):
-            layers[place] = dataclasses.replace(layers[place], branch=branch)
+        for place, result in zip(places, results, strict=True):
+            layers[place] = dataclasses.replace(layers[place], branch=result)
         return layers
 
 
