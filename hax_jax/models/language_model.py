@@ -90,6 +90,11 @@ class Block(nnx.Module):
         return x, LayerOutput(mixed, branch)
 
 
+def _branch(layer: Block) -> Any:
+    """The sparse branch of a block's mixer, None where it has none."""
+    return getattr(layer.mixer, "hax", None)
+
+
 def _make_mixer(config: ModelConfig, index: int, rngs: nnx.Rngs) -> nnx.Module:
     if config.arch == "mamba2":
         return Mamba2(config, rngs=rngs)
@@ -122,14 +127,18 @@ class LanguageModel(nnx.Module):
 
     def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> tuple[RoutingDraws, ...]:
         """Draws every layer's random arrays for one call; layer i uses `key` folded with i."""
-        draws = []
-        for index, layer in enumerate(self.layers):
-            branch = getattr(layer.mixer, "hax", None)
-            if branch is None:
-                draws.append(RoutingDraws())
-            else:
-                layer_key = None if key is None else jax.random.fold_in(key, index)
-                draws.append(branch.draw(layer_key, batch, length, train))
+        branches = {i: _branch(layer) for i, layer in enumerate(self.layers) if _branch(layer) is not None}
+        draws = [RoutingDraws() for _ in self.layers]
+        if train and key is not None and branches:
+            # Branches are alike: the same numbers as below, without a few tiny kernels for each.
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(branches)))
+            drawn = jax.vmap(lambda key: branches[min(branches)].draw(key, batch, length, train))(keys)
+            for place, index in enumerate(branches):
+                draws[index] = jax.tree.map(lambda x, place=place: x[place], drawn)
+            return tuple(draws)
+        for index, branch in branches.items():
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            draws[index] = branch.draw(layer_key, batch, length, train)
         return tuple(draws)
 
     def __call__(
@@ -189,9 +198,8 @@ class LanguageModel(nnx.Module):
 
     def _with_gate_losses(self, layers, draws, sequence):
         places = [place for place, output in enumerate(layers) if output.branch is not None]
-        branches: list[Any] = [getattr(layer.mixer, "hax", None) for layer in self.layers]
         results = with_gate_losses(
-            [branches[place] for place in places],
+            [_branch(self.layers[place]) for place in places],
             [layers[place].branch for place in places],
             [draws[place] for place in places],
             sequence,
