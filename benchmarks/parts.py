@@ -90,7 +90,10 @@ def of_program(hlo: str) -> dict[str, str]:
         elif match := _COMPUTATION.match(line):
             computation = match[1]
     for name, called in unnamed.items():
-        votes = inside[called] if called else None
+        votes = inside[called] if called else collections.Counter()
+        if len(votes) > 1:
+            # A slice of the vector of parameters, which says nothing, may be fused with a kernel that does.
+            del votes[OTHER]
         # Copies are the compiler's own: between layouts, and of what a loop carries.
         is_copy = name.startswith(("copy", "wrapped_copy", "loop_copy", "loop_transpose", "input_transpose"))
         parts[name] = votes.most_common(1)[0][0] if votes else COPIES if is_copy else OTHER

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
@@ -61,6 +62,7 @@ class StepProgram:
     Args:
       experiment: the run.
       steps: updates in a dispatch, None for as many as the loop would take.
+      mesh: of devices that are only described, to compile for them; None for all devices of the process.
 
     Attributes:
       steps: updates in a dispatch.
@@ -72,22 +74,24 @@ class StepProgram:
       seconds: what each phase took: build, trace (to the compiler's input), compile, state, first_dispatch.
     """
 
-    def __init__(self, experiment: Experiment, steps: int | None = None):
+    def __init__(self, experiment: Experiment, steps: int | None = None, mesh: Mesh | None = None):
         begin = time.perf_counter()
         training = experiment.training
-        self.mesh = mesh = make_mesh(batch_size=training.batch_size)
-        split = make_split(experiment.data, "train", mesh.size)
+        self.mesh = mesh or make_mesh(batch_size=training.batch_size)
+        split = make_split(experiment.data, "train", self.mesh.size)
         self._accumulation = training.grad_accumulation_steps
         self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
-        self.beginning = initialise.prepare(experiment, None, make_optimizer(training), mesh)
-        self.materialize = split_rows(mesh, split.materialize)
+        self.beginning = initialise.prepare(experiment, None, make_optimizer(training), self.mesh)
+        self.materialize = split_rows(self.mesh, split.materialize)
         members = experiment.members
-        self.steps = steps or steps_per_dispatch(training, jax.devices()[0].platform)
+        self.steps = steps or steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
         self._update = make_update(
-            self.beginning, split.materialize, training, mesh, population=bool(members)
+            self.beginning, split.materialize, training, self.mesh, population=bool(members)
         )
         rates = [member.training.learning_rate for member in members] or training.learning_rate
-        self._rate = put_replicated(mesh, np.asarray(rates, np.float32))
+        self._rate: Any = np.asarray(rates, np.float32)
+        if mesh is None:
+            self._rate = put_replicated(self.mesh, self._rate)
         self.members = max(len(members), 1)
         rows, row_length = split.row_shape(training.batch_size)
         self.positions = self.members * self._accumulation * rows * row_length

@@ -1,6 +1,6 @@
 """Flax NNX modules: the mixers, the sparse attention branch, and the small layers they are made of."""
 
-from hax_jax.layers.hax import BranchOutput, HashProjection, HaxBranch, RoutingDraws
+from hax_jax.layers.hax import BranchOutput, HashProjection, HaxBranch, RoutingDraws, with_gate_losses
 from hax_jax.layers.linear import Embedding, Linear
 from hax_jax.layers.mamba import Mamba
 from hax_jax.layers.mamba2 import Mamba2
@@ -24,4 +24,5 @@ __all__ = [
     "Sequence",
     "SwiGLU",
     "WindowAttention",
+    "with_gate_losses",
 ]

@@ -1,7 +1,7 @@
 """The sparse attention branch: queries, keys, which keys are visible, and the attention over them."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence as Several
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from hax_jax.config import ModelConfig
-from hax_jax.layers.key_scorer import KeyScorer, gate_loss, sample_keys
+from hax_jax.layers.gate_losses import Scored, gate_losses
+from hax_jax.layers.key_scorer import KeyScorer
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
 from hax_jax.layers.routing import RULES, parity
@@ -71,6 +72,7 @@ class BranchOutput:
       key_set: the visible keys; `key_set.sources` is in the order of `sparse_arch`.
       gate_loss: scalar, 0 without key selection or outside training.
       key_scores: (b, t), of packed rows as padded items (m, padded_length); None without key selection.
+      scored: what the key scorer was given, for `with_gate_losses`; None without key selection.
       sampled_scores, sampled_targets: (b, k), of packed rows (m, k); None where there is no gate loss.
     """
 
@@ -82,16 +84,9 @@ class BranchOutput:
     key_set: KeySet
     gate_loss: jax.Array
     key_scores: jax.Array | None = None
+    scored: Scored | None = None
     sampled_scores: jax.Array | None = None
     sampled_targets: jax.Array | None = None
-
-
-class _Scored(NamedTuple):
-    """What the key scorer was given, and its scores; of packed rows as padded items where pads count."""
-
-    keys: jax.Array
-    summary: jax.Array
-    scores: jax.Array
 
 
 class HaxBranch(nnx.Module):
@@ -177,7 +172,7 @@ class HaxBranch(nnx.Module):
         n, inner = self.config.state_size, self.precision.inner
         keys, queries = (part.astype(inner) for part in self.key_query_proj.split(v, n, n))
         keys = keys * n**-0.5
-        key_set, scored = self._choose_keys(queries, keys, sequence, draws)
+        key_set, scored, key_scores = self._choose_keys(queries, keys, sequence, draws)
 
         head = lambda x: x.astype(self.precision.matmul)[:, :, None]  # noqa: E731
         packed = sequence.packing is not None
@@ -189,22 +184,19 @@ class HaxBranch(nnx.Module):
             segment_ids=sequence.segment_ids,
             scale=1.0,
             empty_rows="zero" if packed else self._rule.EMPTY_ROWS,
+            dtype=inner,
             implementation=self.config.op_implementation,
         )[:, :, 0]
         if packed and self._rule.EMPTY_ROWS == "uniform":
             attention = self._uniform_where_empty(attention, queries, keys, v, key_set, sequence)
         output = (attention * self.output_scale[...]).astype(self.precision.inner)
-        result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()))
-        if scored is None:
-            return result
-        key_scores = scored.scores
-        if sequence.packing is not None and not self._rule.PADS_COUNT:
+        if scored is not None and sequence.packing is not None and not self._rule.PADS_COUNT:
             key_scores = sequence.packing.to_items(key_scores)
-        result = dataclasses.replace(result, key_scores=key_scores)
-        return self._with_gate_loss(result, scored, sequence, draws) if train else result
+        result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()), key_scores, scored)
+        return with_gate_losses([self], [result], [draws], sequence)[0] if train else result
 
     def _choose_keys(self, queries, keys, sequence, draws):
-        """The key set, and what the scorer did where key selection is one of its sources."""
+        """The key set, and where key selection is a source what its scorer was given and said."""
         # Which keys are visible is a matter of integers: no gradient passes.
         queries, keys = lax.stop_gradient((queries, keys))
         config, rule, ids = self.config, self._rule, sequence.segment_ids
@@ -217,7 +209,7 @@ class HaxBranch(nnx.Module):
         if packing is not None and rule.PADS_COUNT:
             to_rows = packing.to_rows
             queries, keys = packing.to_items(queries), packing.to_items(keys)
-        scored = None
+        scored = key_scores = None
         sources: list[Source] = []
         for name in config.sources:
             if name == "full":
@@ -246,13 +238,14 @@ class HaxBranch(nnx.Module):
                 )
             else:
                 summary = rule.query_summary(queries, sequence)
+                scored = Scored(keys, summary)
                 # Gradients come through the few scores that the gate loss samples, and are made anew there.
-                scored = _Scored(keys, summary, lax.stop_gradient(self.scorer(keys, summary)))
+                key_scores = lax.stop_gradient(self.scorer(keys, summary))
                 expiry, alive = key_lifetimes_and_alive(
-                    to_rows(scored.scores), size, segment_ids=ids, implementation=chosen
+                    to_rows(key_scores), size, segment_ids=ids, implementation=chosen
                 )
                 sources.append(Lifetimes(size, expiry, alive))
-        return KeySet(tuple(sources)), scored
+        return KeySet(tuple(sources)), scored, key_scores
 
     def _fixed_projection(self) -> jax.Array:
         if self._rule.FRESH_PROJECTION:
@@ -261,37 +254,6 @@ class HaxBranch(nnx.Module):
                 "`draws=branch.draw(key, batch, length, train)`"
             )
         return self.projection[...]
-
-    def _with_gate_loss(
-        self, result: BranchOutput, scored: _Scored, sequence: Sequence, draws: RoutingDraws
-    ) -> BranchOutput:
-        if draws.noise is None:
-            raise ValueError(
-                "`draws.noise` must be an array in training with key selection, got None; pass "
-                "`draws=branch.draw(key, batch, length, train=True)`"
-            )
-        packing, queries = sequence.packing, lax.stop_gradient(result.queries)
-        if packing is not None:
-            queries = packing.to_items(queries)
-            sequence = Sequence(packing.is_token)
-        with jax.named_scope("gate_loss"):
-            sampled = sample_keys(draws.noise, self.config.keys_per_source, sequence.padding_mask)
-            keys, summary = (
-                packing.at(x, sampled)
-                if packing is not None and not self._rule.PADS_COUNT
-                else jnp.take_along_axis(x, sampled[..., None], axis=1)
-                for x in (scored.keys, scored.summary)
-            )
-        scores = self.scorer(keys, summary)
-        loss, targets = gate_loss(
-            scores,
-            sampled,
-            queries,
-            keys,
-            counts=self._rule.counts_for_gate_loss(sequence, queries.shape[:2]),
-            segment_ids=sequence.segment_ids,
-        )
-        return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
 
     def _uniform_where_empty(self, attention, queries, keys, v, key_set, sequence):
         """Fault 3 of the original, of which the op knows only in rows of one item each."""
@@ -302,3 +264,50 @@ class HaxBranch(nnx.Module):
         to_items = sequence.packing.to_items
         uniform = parity.uniform_attention(*map(to_items, items))
         return jnp.where(seen[..., None], attention, sequence.packing.to_rows(uniform))
+
+
+def with_gate_losses(
+    branches: Several[HaxBranch],
+    results: Several[BranchOutput],
+    draws: Several[RoutingDraws],
+    sequence: Sequence,
+) -> list[BranchOutput]:
+    """The results of branches of one configuration, with the gate losses of those that have key selection.
+
+    A model that calls its branches with train=False and all their results with this one function at the end
+    gets what train=True gives it, for fewer kernels.
+
+    Args:
+      branches: in the model's order.
+      results: what each returned.
+      draws: what each was given.
+      sequence: the rows they worked on.
+
+    Raises:
+      ValueError: no noise in `draws`.
+    """
+    scored = {place: result.scored for place, result in enumerate(results) if result.scored is not None}
+    if not scored:
+        return list(results)
+    noise = [drawn for place in scored if (drawn := draws[place].noise) is not None]
+    if len(noise) < len(scored):
+        raise ValueError(
+            "`draws.noise` must be an array in training with key selection, got None; pass "
+            "`draws=branch.draw(key, batch, length, train=True)`"
+        )
+    config = branches[min(scored)].config
+    losses = gate_losses(
+        [branches[place].scorer for place in scored],
+        [results[place].queries for place in scored],
+        list(scored.values()),
+        noise,
+        num_samples=config.keys_per_source,
+        rule=RULES[config.routing],
+        sequence=sequence,
+    )
+    with_losses = list(results)
+    for place, found in zip(scored, losses, strict=True):
+        with_losses[place] = dataclasses.replace(
+            results[place], gate_loss=found.loss, sampled_scores=found.scores, sampled_targets=found.targets
+        )
+    return with_losses

@@ -80,11 +80,12 @@ class Mamba2(nnx.Module):
         matmul = self.precision.matmul
         y, _ = ssd(
             by_head.astype(matmul),
-            jax.nn.softplus(dt.astype(wide_dtype) + self.dt_bias[...].astype(wide_dtype)),
+            dt,
             -jnp.exp(self.A_log[...].astype(wide_dtype)),
             B.reshape(by_group).astype(matmul),
             C.reshape(by_group).astype(matmul),
             D=self.D[...],
+            dt_bias=self.dt_bias[...],
             segment_ids=sequence.segment_ids,
             chunk_size=config.chunk_size,
             implementation=config.op_implementation,
@@ -94,7 +95,9 @@ class Mamba2(nnx.Module):
         if self.hax is not None:
             branch = self.hax(x, sequence, draws=draws, train=train)
             y = y + branch.output
-        y = y.astype(self.precision.inner)
+        if self.hax is not None or keep is not None:
+            # What is written before the norm. Otherwise its kernels read what the recurrence has written.
+            y = y.astype(self.precision.inner)
         if keep is not None:
             y, gate = keep(y), keep(gate)
         return self.out_proj(self.norm(y, gate)), branch

@@ -21,6 +21,7 @@ from hax_jax.layers import (
     Sequence,
     SwiGLU,
     WindowAttention,
+    with_gate_losses,
 )
 from hax_jax.layers.routing import RULES
 from hax_jax.layers.sequence import Keep
@@ -74,20 +75,24 @@ class Block(nnx.Module):
         x: Float[Array, "b t d"],
         sequence: Sequence,
         draws: RoutingDraws | None,
-        train: bool,
         keep: Keep | None = None,
     ) -> tuple[Float[Array, "m s d"], LayerOutput]:
         branch = None
         if isinstance(self.mixer, WindowAttention):
             mixed = self.mixer(self.norm(x), sequence, keep=keep)
         else:
-            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, train=train, keep=keep)
+            mixed, branch = self.mixer(self.norm(x), sequence, draws=draws, keep=keep)
         if keep is not None:
             x = keep(x)
         x = RULES[self.routing].residual(x, self.arch) + mixed
         if self.has_mlp:
             x = x + self.mlp(self.mlp_norm(x))
         return x, LayerOutput(mixed, branch)
+
+
+def _branch(layer: Block) -> Any:
+    """The sparse branch of a block's mixer, None where it has none."""
+    return getattr(layer.mixer, "hax", None)
 
 
 def _make_mixer(config: ModelConfig, index: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -122,14 +127,18 @@ class LanguageModel(nnx.Module):
 
     def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> tuple[RoutingDraws, ...]:
         """Draws every layer's random arrays for one call; layer i uses `key` folded with i."""
-        draws = []
-        for index, layer in enumerate(self.layers):
-            branch = getattr(layer.mixer, "hax", None)
-            if branch is None:
-                draws.append(RoutingDraws())
-            else:
-                layer_key = None if key is None else jax.random.fold_in(key, index)
-                draws.append(branch.draw(layer_key, batch, length, train))
+        branches = {i: _branch(layer) for i, layer in enumerate(self.layers) if _branch(layer) is not None}
+        draws = [RoutingDraws() for _ in self.layers]
+        if train and key is not None and branches:
+            # Branches are alike: the same numbers as below, without a few tiny kernels for each.
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(branches)))
+            drawn = jax.vmap(lambda key: branches[min(branches)].draw(key, batch, length, train))(keys)
+            for place, index in enumerate(branches):
+                draws[index] = jax.tree.map(lambda x, place=place: x[place], drawn)
+            return tuple(draws)
+        for index, branch in branches.items():
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            draws[index] = branch.draw(layer_key, batch, length, train)
         return tuple(draws)
 
     def __call__(
@@ -179,11 +188,26 @@ class LanguageModel(nnx.Module):
         layers = []
         for index, (layer, layer_draws) in enumerate(zip(self.layers, draws, strict=True)):
             is_last = index == len(self.layers) - 1
-            x, output = layer(x, sequence, layer_draws, train, keep if is_last else None)
+            x, output = layer(x, sequence, layer_draws, keep if is_last else None)
             layers.append(output)
+        if train:
+            layers = self._with_gate_losses(layers, draws, sequence)
         hidden = self.norm(x)
         gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
         return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
+
+    def _with_gate_losses(self, layers, draws, sequence):
+        places = [place for place, output in enumerate(layers) if output.branch is not None]
+        results = with_gate_losses(
+            [_branch(self.layers[place]) for place in places],
+            [layers[place].branch for place in places],
+            [draws[place] for place in places],
+            sequence,
+        )
+        layers = list(layers)
+        for place, result in zip(places, results, strict=True):
+            layers[place] = dataclasses.replace(layers[place], branch=result)
+        return layers
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:

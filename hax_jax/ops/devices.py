@@ -6,7 +6,8 @@ around the kernel alone is enough; all around it, random numbers and statistics 
 what it is on one device.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +17,31 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 BATCH_AXIS = "data"
 
 
+_described: list[jax.Device] = []
+
+
+@contextlib.contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """Within it ops choose their forms for one device that is only described, not for the process' own."""
+    _described.append(device)
+    try:
+        yield
+    finally:
+        _described.pop()
+
+
+def default_device() -> jax.Device:
+    """The device that ops choose their forms for."""
+    return _described[-1] if _described else jax.devices()[0]
+
+
 def may_run_kernels() -> bool:
     """Whether a kernel called here does no work twice: on one device, or with a mesh in force."""
-    return jax.device_count() == 1 or BATCH_AXIS in jax.sharding.get_abstract_mesh().axis_names
+    return (
+        bool(_described)
+        or jax.device_count() == 1
+        or BATCH_AXIS in jax.sharding.get_abstract_mesh().axis_names
+    )
 
 
 def share(array: Any) -> Any:

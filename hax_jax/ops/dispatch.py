@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
-
 from hax_jax.ops import devices
 
 NAMES = ("reference", "xla", "mosaic_gpu")
@@ -50,7 +48,7 @@ def resolve(
 
 def missing_for_mosaic_gpu() -> str | None:
     """What the default device lacks to run the Mosaic GPU kernels, or None if it can run them."""
-    device = jax.devices()[0]
+    device = devices.default_device()
     if device.platform != "gpu":
         return f"needs an NVIDIA Hopper GPU, got platform {device.platform!r}"
     capability = getattr(device, "compute_capability", "unknown")

@@ -55,12 +55,10 @@ def running_sum(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None)
     x = x.astype(wide(x.dtype))
     if segment_ids is None:
         return jnp.cumsum(x, axis=1)
+    if x.shape[1] <= BLOCK:
+        return _masked_sum(x, segment_ids)
     length, ids = x.shape[1], _in_blocks(segment_ids)
-    earlier = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))
-    alike = earlier & (ids[..., :, None] == ids[..., None, :])
-    within = einsum("bcts,bcsn->bctn", alike.astype(x.dtype), _in_blocks(x))
-    if ids.shape[1] == 1:
-        return within[:, 0, :length]
+    within = einsum("bcts,bcsn->bctn", _together(ids).astype(x.dtype), _in_blocks(x))
     # A block hands on the sum of its last segment, which is as much of it as the block holds.
     handed_on = ids[:, :-1, -1]
     arriving = running_sum(within[:, :-1, -1], handed_on)
@@ -69,6 +67,17 @@ def running_sum(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None)
     # Nothing arrives at the first block.
     y = within + jnp.pad(arriving, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return y.reshape(x.shape[0], -1, x.shape[2])[:, :length]
+
+
+def _masked_sum(x, segment_ids):
+    """`running_sum` of a few positions: one kernel, where a product would be given a mask and padding."""
+    return jnp.where(_together(segment_ids)[..., None], x[:, None], 0).sum(2)
+
+
+def _together(ids):
+    """(..., t, t): whether the second position is no later than the first, and in its segment."""
+    earlier = jnp.tril(jnp.ones((ids.shape[-1],) * 2, bool))
+    return earlier & (ids[..., :, None] == ids[..., None, :])
 
 
 def _in_blocks(x):

@@ -38,6 +38,16 @@ def test_interpreted_kernel_equals_the_reference(rows):
     assert_close(got, run(reference.gated_rms_norm, inputs))
 
 
+def test_interpreted_kernel_takes_an_input_wider_than_the_gate():
+    inputs = make_inputs(2, 64, 64)
+    inputs["gate"] = inputs["gate"].astype(jnp.bfloat16)
+    mosaic_interpreter.install()
+    with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
+        out, gradients = jax.block_until_ready(run(mosaic_gpu.norm_in_tiles, inputs))
+    assert gradients["x"].dtype == jnp.float32
+    assert_close((out, gradients), run(reference.gated_rms_norm, inputs), "bfloat16")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernel_lowers_for_a_gpu_without_one(dtype):
     inputs = jax.eval_shape(lambda: make_inputs(64, 1057, 128, dtype=dtype))

@@ -58,14 +58,16 @@ def interpreted(monkeypatch):
 def test_interpreted_kernels_equal_the_reference(
     layout, names, length, heads, n, e, dtype, segmented, empty_rows, monkeypatch
 ):
-    """Padded features, several blocks of values, segments, both dtypes."""
+    """Padded features, several blocks of values, segments, both dtypes, of what comes out too."""
     use(layout, monkeypatch)
     segment_ids = make_segments(rng(12), BATCH, length) if segmented else None
     key_set = make_key_set(SOURCES[names], length, segment_ids)
     inputs = make_inputs(length, heads, n, e, dtype)
     got, want = (
-        run(inputs, key_set, segment_ids, form, empty_rows=empty_rows) for form in ("mosaic_gpu", "reference")
+        run(inputs, key_set, segment_ids, form, empty_rows=empty_rows, dtype=dtype)
+        for form in ("mosaic_gpu", "reference")
     )
+    assert got[0].dtype == dtype
     assert_close(got, want, dtype)
 
 
@@ -100,7 +102,7 @@ def test_dense_tiles_with_nothing_visible_are_skipped(monkeypatch):
     q, k, v = (normal(rng(16, index), batch, length, 1, 16, dtype=jnp.bfloat16) for index in range(3))
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, 48)])
     key_set = ops.KeySet((ops.SlidingWindow(9),))
-    *_, (by_query, by_key) = dense._forward(q, k, v, key_set, None, 0.2)[1]
+    *_, (by_query, by_key) = dense._forward(q, k, v, key_set, None, 0.2, "float32")[1]
     for tile in range(4):
         for visited, count in ((by_query[tile], tile + 1), (by_key[tile], 4 - tile)):
             np.testing.assert_array_equal(visited[:count], np.arange(count) <= 1)

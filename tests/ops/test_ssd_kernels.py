@@ -46,7 +46,7 @@ def run(function, inputs, segment_ids, *rest):
 
     def call(inputs):
         arguments = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "initial_state")]
-        return function(*arguments, segment_ids, *rest)
+        return function(*arguments, segment_ids, *rest, dt_bias=inputs.get("dt_bias"))
 
     return with_gradients(call, inputs)
 
@@ -56,8 +56,10 @@ def assert_equal_forms(got, want, dtype, factor=1):
     assert_close(outputs, wanted, dtype)
     for name, gradient in gradients.items():
         error = relative_error(gradient, wanted_gradients[name])
-        # That of A is a sum over all positions of differences that nearly cancel.
-        assert error <= factor * (2 if name == "A" else 1) * TOLERANCE[dtype], f"{name}: {error:.2e}"
+        # Those of A and of the bias are sums over all positions of differences that nearly cancel: the form
+        # of XLA is off by 8e-6 in the latter.
+        allowed = factor * {"A": 2, "dt_bias": 3}.get(name, 1) * TOLERANCE[dtype]
+        assert error <= allowed, f"{name}: {error:.2e}"
 
 
 def tiles_of(inputs):
@@ -70,6 +72,9 @@ def tiles_of(inputs):
 def test_interpreted_kernels_equal_the_reference(dtype, segmented):
     inputs = make_inputs(1, 70, 4, 16, 1, 16, dtype)
     segment_ids = make_segments(rng(4, 70), 1, 70) if segmented else None
+    if segmented:
+        # Time steps as a projection gives them.
+        inputs |= {"dt": normal(rng(6), 1, 70, 4), "dt_bias": normal(rng(7), 4) - 2}
     want = run(reference.ssd, inputs, segment_ids, 64)
     mosaic_interpreter.install()
     with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):

@@ -60,14 +60,18 @@ def _backward(eps, residuals, dy):
     # Zeros have no part in the weight's gradient.
     filled = lambda array: jnp.pad(array.reshape(rows, width), ((0, -rows % ROWS), (0, 0)))  # noqa: E731
     dx, dgate, dweight = _gradients(filled(x), filled(gate), filled(dy), weight.astype(jnp.float32), eps)
-    return dx[:rows].reshape(x.shape), dgate[:rows].reshape(x.shape), dweight.sum(0).astype(weight.dtype)
+    return (
+        dx[:rows].reshape(x.shape).astype(x.dtype),
+        dgate[:rows].reshape(x.shape),
+        dweight.sum(0).astype(weight.dtype),
+    )
 
 
 norm_in_tiles.defvjp(_forward, _backward)
 
 
 def _gradients(x, gate, dy, weight, eps):
-    """dx and dgate (rows, d), and the weight's gradient of each program (programs, d)."""
+    """dx and dgate (rows, d) of the gate's dtype, and the weight's gradient of each program (programs, d)."""
     rows, width = x.shape
 
     def gated_norm_gradients(x_ref, gate_ref, dy_ref, weight_ref, dx_ref, dgate_ref, dweight_ref):
@@ -104,7 +108,8 @@ def _gradients(x, gate, dy, weight, eps):
     return plgpu.kernel(
         gated_norm_gradients,
         out_type=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            # x may be wider because it is what was at hand; its gradient is rounded next, as the gate's is.
+            jax.ShapeDtypeStruct(x.shape, gate.dtype),
             jax.ShapeDtypeStruct(gate.shape, gate.dtype),
             jax.ShapeDtypeStruct((programs, width), jnp.float32),
         ],

@@ -1,9 +1,13 @@
 """Attention over the keys that a key set shows."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hax_jax.ops import dispatch
+from hax_jax.ops.numerics import wide
 from hax_jax.ops.sparse_attention import mosaic_gpu, reference, xla
 from hax_jax.ops.sparse_attention.key_set import (
     Dilated,
@@ -44,6 +48,7 @@ def sparse_attention(
     segment_ids: Int[Array, "b t"] | None = None,
     scale: float | None = None,
     empty_rows: str = "zero",
+    dtype: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h e"]:
     """Attends to the keys that `key_set` shows, each once, with one softmax over their union.
@@ -58,13 +63,14 @@ def sparse_attention(
       scale: factor of the scores; None is 1 / sqrt(n).
       empty_rows: what a query without visible keys gets: 'zero', or 'uniform', the mean of v over all t
         positions (a fault of the original, for parity).
+      dtype: of the result, and of what its gradient keeps of it; None is float32, or that of v if wider.
       implementation: None, 'reference' (one t x t mask), 'xla' (any device) or 'mosaic_gpu' (kernels for
         Hopper GPUs, bfloat16 or float32, n up to 128; None means them on such GPUs where they can run the
         call).
         Matmul inputs keep the dtypes of q, k and v; scores, softmax and sums are at least float32.
 
     Returns:
-      (b, t, h, e), at least float32.
+      (b, t, h, e) of `dtype`.
 
     Raises:
       ValueError: shapes that do not fit, an unknown `empty_rows`, or an implementation that this op does not
@@ -86,4 +92,6 @@ def sparse_attention(
     if empty_rows not in EMPTY_ROWS:
         raise ValueError(f"`empty_rows` of sparse_attention must be one of {EMPTY_ROWS}, got {empty_rows!r}")
     scale = n**-0.5 if scale is None else scale
-    return function(q, k, v, key_set, segment_ids, scale, empty_rows == "uniform")
+    # By name: `devices.divided` would take a dtype, which has a number of axes, for an array.
+    dtype = jnp.dtype(wide(q.dtype, v.dtype) if dtype is None else dtype).name
+    return function(q, k, v, key_set, segment_ids, scale, empty_rows == "uniform", dtype)

@@ -7,7 +7,7 @@ from hax_jax.ops import segments
 from hax_jax.ops.numerics import einsum, wide
 
 
-def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
+def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, out_dtype):
     dtype = wide(q.dtype, v.dtype)
     q, k, v = (array.astype(dtype) for array in (q, k, v))
     batch, length = q.shape[:2]
@@ -27,4 +27,4 @@ def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
     # A row of -inf would make NaN; its weights are zeros.
     weights = jnp.exp(scores - jnp.where(seen, scores.max(-1, keepdims=True), 0))
     weights = weights / jnp.where(seen, weights.sum(-1, keepdims=True), 1)
-    return einsum("bhts,bshe->bthe", weights, v)
+    return einsum("bhts,bshe->bthe", weights, v).astype(out_dtype)

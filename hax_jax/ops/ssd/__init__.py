@@ -18,6 +18,7 @@ def ssd(
     C: Float[Array, "b t g n"],
     *,
     D: Float[Array, " h"] | None = None,
+    dt_bias: Float[Array, " h"] | None = None,
     initial_state: Float[Array, "b h p n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     chunk_size: int = 64,
@@ -30,10 +31,11 @@ def ssd(
 
     Args:
       x: (b, t, h, p) inputs.
-      dt: (b, t, h) time steps, already positive (after the softplus).
+      dt: (b, t, h) time steps; positive where `dt_bias` is None.
       A: (h,), negative.
       B, C: (b, t, g, n); g divides h.
       D: (h,), weight of the skip; none where None.
+      dt_bias: (h,); if given, the time steps are softplus(dt + dt_bias).
       initial_state: (b, h, p, n), the state before the first position; zeros where None.
       segment_ids: (b, t) int32; the state is dropped at each boundary inside a row.
       chunk_size: positions multiplied as one tile by 'xla'.
@@ -60,10 +62,12 @@ def ssd(
         raise ValueError(f"`B` of ssd must have a number of groups that divides the {h} heads, got {g}")
     if D is not None:
         dispatch.check_shape("ssd", "D", D.shape, (h,), "h")
+    if dt_bias is not None:
+        dispatch.check_shape("ssd", "dt_bias", dt_bias.shape, (h,), "h")
     if initial_state is not None:
         dispatch.check_shape("ssd", "initial_state", initial_state.shape, (b, h, p, n), "b, h, p, n")
     if segment_ids is not None:
         dispatch.check_shape("ssd", "segment_ids", segment_ids.shape, (b, t), "b, t")
     preferred = dispatch.best(mosaic_gpu.why_not(x, A, B, C))
     function = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, preferred, batched=(0, 1, 3, 4, 6, 7))
-    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
+    return function(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, dt_bias)

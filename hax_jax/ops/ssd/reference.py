@@ -5,12 +5,14 @@ from jax import lax
 
 from hax_jax.ops import segments
 from hax_jax.ops.numerics import wide
+from hax_jax.ops.ssd.time_steps import time_steps
 
 
-def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
+def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, dt_bias=None):
     del chunk_size
     batch, length, heads, head_dim = x.shape
     dtype = wide(x.dtype, A.dtype)
+    dt = time_steps(dt, dt_bias)
     x, dt, A, B, C = (array.astype(dtype) for array in (x, dt, A, B, C))
     B, C = (jnp.repeat(array, heads // array.shape[2], axis=2) for array in (B, C))
     reset = segments.starts(segments.as_array(segment_ids, (batch, length)))

@@ -9,9 +9,10 @@ from jax import lax
 
 from hax_jax.ops import segments
 from hax_jax.ops.numerics import einsum, pad_time, wide
+from hax_jax.ops.ssd.time_steps import time_steps
 
 
-def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
+def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, dt_bias=None):
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     per_group = heads // groups
@@ -26,7 +27,7 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
         return pad_time(array, chunk_size).reshape(batch, -1, chunk_size, *shape)
 
     inputs, x = x, chunks(x, groups, per_group, head_dim)
-    dt = chunks(dt.astype(dtype), groups, per_group)
+    dt = chunks(time_steps(dt, dt_bias).astype(dtype), groups, per_group)
     B, C = chunks(B, groups, state_size), chunks(C, groups, state_size)
     ids = chunks(ids, edge=True)
 

@@ -21,14 +21,14 @@ MAX_KEYS = 256
 MIN_LENGTH_OF_CHUNKS = 4096
 
 
-def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
+def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, dtype):
     """The contract of the op, on a Hopper GPU."""
     interpreted = building_blocks.interpret is not None
     dispatch.check_mosaic_gpu("sparse_attention", why_not(q, k, v), interpreted=interpreted)
     arguments = (q, k, v, key_set, segment_ids, scale, uniform_empty_rows)
     if q.shape[1] >= MIN_LENGTH_OF_CHUNKS and _fits_chunks(q, v, key_set):
-        return chunks.sparse_attention(*arguments, tile=TILE)
-    return dense.sparse_attention(*arguments)
+        return chunks.sparse_attention(*arguments, tile=TILE).astype(dtype)
+    return dense.sparse_attention(*arguments, dtype)
 
 
 def why_not(q, k, v) -> str | None:

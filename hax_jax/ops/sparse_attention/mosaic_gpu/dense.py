@@ -18,38 +18,39 @@ from hax_jax.ops.sparse_attention.mosaic_gpu import building_blocks as bb
 from hax_jax.ops.sparse_attention.mosaic_gpu import dense_kernels as kernels
 
 
-def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows):
+def sparse_attention(q, k, v, key_set, segment_ids, scale, uniform_empty_rows, dtype):
     """The contract of the op, for any key set."""
-    out, seen = _attend(q, k, v, key_set, segment_ids, scale)
+    out, seen = _attend(q, k, v, key_set, segment_ids, scale, dtype)
     if uniform_empty_rows:
-        out = jnp.where(seen, out, uniform_rows(q, k, v, scale))
+        out = jnp.where(seen, out, uniform_rows(q, k, v, scale).astype(dtype))
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, key_set, segment_ids, scale):
-    return _forward(q, k, v, key_set, segment_ids, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, key_set, segment_ids, scale, dtype):
+    return _forward(q, k, v, key_set, segment_ids, scale, dtype)[0]
 
 
-def _forward(q, k, v, key_set, segment_ids, scale):
+def _forward(q, k, v, key_set, segment_ids, scale, dtype):
     laid_out = _lay_out(key_set, segment_ids, q.shape[:2])
     arrays = _parts_of_features(q), _parts_of_features(k), _parts_of_values(v)
     form = _form(arrays, key_set, segment_ids, scale, q.shape, v.dtype)
     out, lse, *visited = kernels.forward(
-        form, *arrays, laid_out.rows, laid_out.columns, laid_out.first_key_tile
+        form, *arrays, laid_out.rows, laid_out.columns, laid_out.first_key_tile, dtype
     )
     result = _unflat(out, v.shape)
     seen = _unflat((lse > -jnp.inf).T[..., None], (*q.shape[:3], 1))
     return (result, seen), (q, k, v, key_set, segment_ids, laid_out, result, lse, visited)
 
 
-def _backward(scale, saved, d_outputs):
+def _backward(scale, dtype, saved, d_outputs):
+    del dtype
     q, k, v, key_set, segment_ids, laid_out, out, lse, (by_query, by_key) = saved
     d_out = d_outputs[0]
     arrays = _parts_of_features(q), _parts_of_features(k), _parts_of_values(v)
     form = _form(arrays, key_set, segment_ids, scale, q.shape, v.dtype)
     # Sums over the blocks of values, each of which has its own share of the gradients.
-    products = bb.pad_values(out * d_out)
+    products = bb.pad_values(out.astype(jnp.float32) * d_out.astype(jnp.float32))
     delta = _flat(products.reshape(*q.shape[:3], -1, form.width).sum(-1))
     delta = jnp.transpose(delta, (1, 2, 0))
     d_out = _parts_of_values(d_out.astype(v.dtype))

@@ -62,11 +62,11 @@ def fit(num_parts: int, features: int, width: int) -> tuple[int, int]:
     raise ValueError(f"{features} features in {num_parts} parts do not fit into shared memory")
 
 
-def forward(form: Form, q, k, v, rows, columns, first_key_tile):
-    """Returns out (positions, heads, e); log-sum-exps to base 2 (heads, positions); visited pairs of tiles.
+def forward(form: Form, q, k, v, rows, columns, first_key_tile, dtype):
+    """Returns out (positions, heads, e) of `dtype`; log-sum-exps to base 2 (heads, positions); visited tiles.
 
-    The pairs are (tiles, max_distance) int32, by tile of queries and by tile of keys; what lies beyond the
-    furthest tile is never written.
+    Visited pairs are (tiles, max_distance) int32, by tile of queries and by tile of keys; what lies beyond
+    the furthest tile is never written.
     """
     num_parts, positions, heads, features = q.shape
     num_tiles, width = positions // bb.ROWS, form.width
@@ -117,7 +117,7 @@ def forward(form: Form, q, k, v, rows, columns, first_key_tile):
         out, highest, total = _walk(form.slots, count, following, fetch, step, empty)
         seen = total > 0.0
         safe = jnp.where(seen, total, 1.0)
-        out_sm[...] = out * bb.down(1.0 / safe, (bb.ROWS, width))
+        out_sm[...] = (out * bb.down(1.0 / safe, (bb.ROWS, width))).astype(dtype)
         lse_sm[...] = jnp.where(seen, highest + jnp.log(safe) * LOG2E, -jnp.inf)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_sm, out_ref.at[here, head, values])
@@ -132,7 +132,7 @@ def forward(form: Form, q, k, v, rows, columns, first_key_tile):
     return bb.kernel(
         body,
         out_type=[
-            bb.array((positions, heads, v.shape[-1])),
+            jax.ShapeDtypeStruct((positions, heads, v.shape[-1]), dtype),
             bb.array((heads, positions)),
             pairs,
             pairs,
@@ -142,7 +142,7 @@ def forward(form: Form, q, k, v, rows, columns, first_key_tile):
             bb.tiled((form.slots, num_parts, bb.ROWS, features), k.dtype),
             bb.tiled((form.slots, num_parts, bb.ROWS, width), v.dtype),
             plgpu.SMEM((form.slots, columns.shape[0], bb.ROWS), jnp.int32),
-            bb.tiled((bb.ROWS, width), jnp.float32),
+            bb.tiled((bb.ROWS, width), dtype),
             plgpu.SMEM((bb.ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts),
             plgpu.Barrier(num_arrivals=2 * num_parts + 1, num_barriers=form.slots),

@@ -36,12 +36,14 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
 
     Returns dx (b, length, h p), dB and dC for every block of heads (k, b, t, n), and three sums over the
     features of a head (b, c, h, 64): the part of dt's gradient that does not come through the decay, what of
-    it comes from the state that the chunk leaves, and x dy. All but dx are float32.
+    it comes from the state that the chunk leaves, and x dy. The sums are float32, and so are dB and dC where
+    several blocks are to be added up; all else is as the inputs.
     """
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width, time_padded = tiles.planes, block * p, chunks * CHUNK
     dx_type = jnp.bfloat16 if planes == 1 else jnp.float32
+    shared_type = dx_type if block == tiles.heads_per_group else jnp.float32
 
     def ssd_gradients(*refs):
         inputs, vectors, outputs, shared, (dx_sm, dS_sm, loaded) = (
@@ -101,14 +103,14 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
                 for i, j in tiles.plane_pairs:
                     plgpu.wgmma(dB, weighted[i], after_sm.at[j, here])
                     plgpu.wgmma(dC, reached[i], before_sm.at[j, here])
-            return dB[...], dC[...]
+            return dB[...].astype(shared_type), dC[...].astype(shared_type)
 
         accumulator = plgpu.ACC((CHUNK, n), jnp.float32)
         dB_ref[k, b, time], dC_ref[k, b, time] = pl.run_scoped(shared_gradients, accumulator, accumulator)
         plgpu.wait_smem_to_gmem(0)
 
     rows, states = tile(tiles, CHUNK, width), tile(tiles, width, n)
-    of_group = jax.ShapeDtypeStruct((heads // block, batch, time_padded, n), jnp.float32)
+    of_group = jax.ShapeDtypeStruct((heads // block, batch, time_padded, n), shared_type)
     of_head = jax.ShapeDtypeStruct(cum.shape, jnp.float32)
     return plgpu.kernel(
         ssd_gradients,

@@ -60,21 +60,22 @@ def chunk_states(x, weight, B, tiles: Tiles):
     )(x, weight, B)
 
 
-def carry_states(states, decay, first, tiles: Tiles, *, reverse: bool):
+def carry_states(states, enter, first, tiles: Tiles, *, reverse: bool):
     """The state that enters each chunk, and the one after the last.
 
-    before_c = S, then S = decay_c S + states_c, along the chunks or, with `reverse`, against them.
+    before_c = S, then S = decay_c S + states_c, along the chunks or, with `reverse`, against them; decay_c is
+    what `enter` is at the chunk's last position.
 
-    states (b, c, h p, n) float32, decay (b, c, h) float32, first (b, h, p, n) float32; returns
+    states (b, c, h p, n) float32, enter (b, c, h, 64) float32, first (b, h, p, n) float32; returns
     before (planes, b, c, h p, n) as bfloat16 planes, and the last S (b, h, p, n) float32.
     """
     batch, chunks, width, n = states.shape
-    heads = decay.shape[-1]
+    heads = enter.shape[2]
     size = width * n // heads
     block = next(size for size in (512, 256, 128) if (width * n // heads) % size == 0)
     layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // 128)
 
-    def ssd_carry_states(states_ref, decay_ref, first_ref, before_ref, last_ref):
+    def ssd_carry_states(states_ref, enter_ref, first_ref, before_ref, last_ref):
         b, h = lax.axis_index("b"), lax.axis_index("h")
         here = pl.ds(lax.axis_index("k") * block, block)
 
@@ -85,7 +86,7 @@ def carry_states(states, decay, first, tiles: Tiles, *, reverse: bool):
             for c, left in zip(order, new, strict=True):
                 for plane, part in enumerate(split(state, tiles.planes)):
                     before_ref[plane, b, c, h, here] = part
-                state = decay_ref[b, c, h] * state + left
+                state = enter_ref[b, c, h, CHUNK - 1] * state + left
             return state
 
         state = load(first_ref.at[b, h, here], layout)
@@ -102,5 +103,5 @@ def carry_states(states, decay, first, tiles: Tiles, *, reverse: bool):
         grid=(batch, heads, size // block),
         grid_names=("b", "h", "k"),
         compiler_params=params(),
-    )(states.reshape(batch, chunks, heads, size), decay, first.reshape(batch, heads, size))
+    )(states.reshape(batch, chunks, heads, size), enter, first.reshape(batch, heads, size))
     return before.reshape(tiles.planes, batch, chunks, width, n), last.reshape(first.shape)
