@@ -36,6 +36,7 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "bucket_orders": "hashing",
     "query_summary": "key_scorer",
     "key_scorer": "key_scorer",
+    "key_scores": "key_scorer",
     "key_lifetimes": "lifetimes",
     "gate_loss": "gate_loss",
     "sparse_attention": "attention",

@@ -245,9 +245,10 @@ class HaxBranch(nnx.Module):
                     )
                 )
             else:
-                summary = rule.query_summary(queries, sequence)
+                summary = rule.query_summary(queries, sequence).astype(self.precision.matmul)
                 # Gradients come through the few scores that the gate loss samples, and are made anew there.
-                scored = _Scored(keys, summary, lax.stop_gradient(self.scorer(keys, summary)))
+                scores = self.scorer.held_constant(keys, summary, implementation=chosen)
+                scored = _Scored(keys, summary, scores)
                 expiry, alive = key_lifetimes_and_alive(
                     to_rows(scored.scores), size, segment_ids=ids, implementation=chosen
                 )

@@ -5,6 +5,7 @@
 
 from hax_jax.ops.causal_conv1d import causal_conv1d
 from hax_jax.ops.gated_rms_norm import gated_rms_norm
+from hax_jax.ops.key_scores import key_scores
 from hax_jax.ops.key_selection import key_lifetimes, key_lifetimes_and_alive, ranking_loss
 from hax_jax.ops.lsh import argmax_hash, bucket_orders, sign_hash
 from hax_jax.ops.selective_scan import selective_scan
@@ -34,6 +35,7 @@ __all__ = [
     "gated_rms_norm",
     "key_lifetimes",
     "key_lifetimes_and_alive",
+    "key_scores",
     "ranking_loss",
     "selective_scan",
     "sign_hash",

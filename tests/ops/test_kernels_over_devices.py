@@ -19,6 +19,7 @@ LAUNCHES = {
     "ssd": 6,
     "selective_scan": 2,
     "gated_rms_norm": 1,
+    "key_scores": 1,
     "sparse_attention": 5,
 }
 
