@@ -65,9 +65,11 @@ def scores_in_tiles(k, summary, w1, b1, w2, b2, w3, b3):
     rows = ((0, max(ROWS, -(-positions // _TILED) * _TILED) - positions), (0, 0))
     k, summary = (jnp.pad(x.astype(dtype).reshape(positions, -1), rows) for x in (k, summary))
     parts = _PARTS[dtype.name]
-    k, summary, w1, w2 = (bfloat16_parts(x.astype(dtype), parts) for x in (k, summary, w1, w2))
+    # Together: XLA would round the vector that all parameters lie in, and copy every other matrix out of it.
+    weights = jnp.stack([w1, w2]).astype(dtype)
+    k, summary, weights = (bfloat16_parts(x, parts) for x in (k, summary, weights))
     b1, b2, w3, b3 = (x.astype(jnp.float32) for x in (b1, b2, w3[:, 0], b3))
-    scores = _score(k, summary, w1, b1, w2, b2, w3, b3)
+    scores = _score(k, summary, weights, b1, b2, w3, b3)
     return scores[:positions].reshape(batch, length)
 
 
@@ -96,15 +98,15 @@ def _pad_features(k, summary, w1, b1, w2, b2, w3):
     return k, summary, w1, b1, jnp.pad(w2, (hidden, hidden)), b2, jnp.pad(w3, (hidden, (0, 0)))
 
 
-def _score(k, summary, w1, b1, w2, b2, w3, b3):
-    """k and summary (parts, rows, n), w1 and w2 (parts, 2n, 2n), b1, b2 and w3 (2n,), b3 (1,) -> (rows,)."""
+def _score(k, summary, weights, b1, b2, w3, b3):
+    """k and summary (parts, rows, n), weights (parts, 2, 2n, 2n), b1, b2 and w3 (2n,), b3 (1,) -> (rows,)."""
     parts, rows, n = k.shape
     shape = (ROWS, 2 * n)
     both_fit = _bytes(n, parts, 2) <= _SHARED_MEMORY
     # Products of parts that float32 can tell from zero, small ones first.
     pairs = sorted((p for p in itertools.product(range(parts), repeat=2) if sum(p) < parts), key=sum)[::-1]
 
-    def key_scorer(k_ref, summary_ref, w1_ref, b1_ref, w2_ref, b2_ref, w3_ref, b3_ref, out_ref, *scratch):
+    def key_scorer(k_ref, summary_ref, weights_ref, b1_ref, b2_ref, w3_ref, b3_ref, out_ref, *scratch):
         k_sm, summary_sm, w1_sm, *w2_sm, loaded, w2_loaded = scratch
         w2_sm = w2_sm[0] if w2_sm else w1_sm
         # The last tile ends where the rows do: what it shares with the one before it, both write alike.
@@ -112,11 +114,11 @@ def _score(k, summary, w1, b1, w2, b2, w3, b3):
         for part in range(parts):
             plgpu.copy_gmem_to_smem(k_ref.at[part, here], k_sm.at[part], loaded)
             plgpu.copy_gmem_to_smem(summary_ref.at[part, here], summary_sm.at[part], loaded)
-            plgpu.copy_gmem_to_smem(w1_ref.at[part], w1_sm.at[part], loaded)
+            plgpu.copy_gmem_to_smem(weights_ref.at[part, 0], w1_sm.at[part], loaded)
 
         def load_w2():
             for part in range(parts):
-                plgpu.copy_gmem_to_smem(w2_ref.at[part], w2_sm.at[part], w2_loaded)
+                plgpu.copy_gmem_to_smem(weights_ref.at[part, 1], w2_sm.at[part], w2_loaded)
 
         if both_fit:
             load_w2()
@@ -150,7 +152,7 @@ def _score(k, summary, w1, b1, w2, b2, w3, b3):
         grid=(-(-rows // ROWS),),
         grid_names=("tile",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(k, summary, w1, b1, w2, b2, w3, b3)
+    )(k, summary, weights, b1, b2, w3, b3)
 
 
 def _sum_of_products(factors, shape):
