@@ -35,6 +35,7 @@ _PARTS: dict[str, str | tuple[tuple[str, str], ...]] = {
     "hash": "hashing",
     "bucket_orders": "hashing",
     "query_summary": "key_scorer",
+    "normed_running_sum": "key_scorer",
     "key_scorer": "key_scorer",
     "key_scores": "key_scorer",
     "key_lifetimes": "lifetimes",

@@ -245,7 +245,7 @@ class HaxBranch(nnx.Module):
                     )
                 )
             else:
-                summary = rule.query_summary(queries, sequence).astype(self.precision.matmul)
+                summary = rule.query_summary(queries, sequence, self.precision.matmul, chosen)
                 # Gradients come through the few scores that the gate loss samples, and are made anew there.
                 scores = self.scorer.held_constant(keys, summary, implementation=chosen)
                 scored = _Scored(keys, summary, scores)

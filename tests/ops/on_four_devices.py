@@ -32,6 +32,7 @@ FORMS = {
         "selective_scan",
         "gated_rms_norm",
         "key_scores",
+        "normed_running_sum",
         "sparse_attention",
         "lsh",
         "key_selection",
@@ -91,6 +92,11 @@ def cases(batch: int):
             lambda form, f, i: ops.gated_rms_norm(*f, 1e-5, implementation=form),
             (x, gate, bias),
             (),
+        ),
+        "normed_running_sum": (
+            lambda form, f, i: ops.normed_running_sum(*f, segment_ids=i[0], implementation=form),
+            (B,),
+            (ids,),
         ),
         "key_scores": (lambda form, f, i: ops.key_scores(*f, implementation=form), (B, C, *network), ()),
         "sparse_attention": (

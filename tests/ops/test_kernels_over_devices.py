@@ -20,6 +20,7 @@ LAUNCHES = {
     "selective_scan": 2,
     "gated_rms_norm": 1,
     "key_scores": 1,
+    "normed_running_sum": 1,
     "sparse_attention": 5,
 }
 
