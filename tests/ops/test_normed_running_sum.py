@@ -53,7 +53,7 @@ def test_zeros_give_zeros_and_results_are_rounded_once():
 def test_interpreted_kernel_equals_the_reference(length, segmented, monkeypatch):
     mosaic_interpreter.install()
     monkeypatch.setattr(lanes_mosaic_gpu, "interpret", mosaic_interpreter.SETTINGS)
-    inputs = make_inputs(2, length, 8, segmented)
+    inputs = make_inputs(2, length, 6, segmented)
     got = jax.block_until_ready(run(mosaic_gpu.normed_running_sum, inputs))
     assert_close(got, run(reference.normed_running_sum, inputs))
 
@@ -70,7 +70,7 @@ def test_a_segment_knows_nothing_of_the_rounding_before_it(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "members"),
-    [((25, 1280, 32), "bfloat16", 0), ((64, 1057, 16), "float32", 0), ((3, 1, 4), "bfloat16", 3)],
+    [((25, 1280, 32), "bfloat16", 0), ((64, 1057, 16), "float32", 0), ((3, 1, 5), "bfloat16", 3)],
 )
 def test_kernel_lowers_for_a_gpu_without_one(shape, dtype, members, monkeypatch):
     monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
@@ -86,9 +86,7 @@ def test_kernel_lowers_for_a_gpu_without_one(shape, dtype, members, monkeypatch)
 
 
 def test_calls_the_kernel_cannot_run_say_why():
-    with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*a multiple of 4 features, got 6"):
-        ops.normed_running_sum(jnp.zeros((1, 8, 6)), implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match="must be float32 or bfloat16, got float16, float32"):
+    with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*or bfloat16, got float16, float32"):
         ops.normed_running_sum(jnp.zeros((1, 8, 8), jnp.float16), implementation="mosaic_gpu")
 
 
@@ -102,7 +100,7 @@ def test_long_rows_are_left_to_xla():
 @segmented
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 4), (2, 63, 16), (3, 500, 32), (25, 1280, 32), (4, 1057, 16), (1, 4096, 8)]
+    "shape", [(1, 1, 4), (2, 63, 16), (3, 500, 30), (25, 1280, 32), (4, 1057, 16), (1, 4096, 8)]
 )
 def test_kernel_equals_the_reference(shape, dtype, segmented):
     inputs = make_inputs(*shape, segmented, dtype)

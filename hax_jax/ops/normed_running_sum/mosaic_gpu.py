@@ -45,8 +45,6 @@ def why_not(x, dtype) -> str | None:
     got = {x.dtype.name, jnp.dtype(dtype).name}
     if not got <= set(_DTYPES):
         return f"`x` and `dtype` must be float32 or bfloat16, got {', '.join(sorted(got))}"
-    if x.shape[-1] % FEATURES:
-        return f"`x` must have a multiple of {FEATURES} features, got {x.shape[-1]}"
     if x.shape[1] > MAX_LENGTH:
         return f"rows must be at most {MAX_LENGTH} long, got {x.shape[1]}"
     return None
@@ -150,12 +148,14 @@ def _kernel(x, ids, dtype):
         row, block = lax.axis_index("row"), lax.axis_index("block")
         lane, out = lanes.iota(LANES), out_ref.at[row]
         feature = block * FEATURES + (lane & (FEATURES - 1))
-        stretches = _Stretches(x_ref.at[row], ids_ref.at[row], (lane >> _SHIFT) * steps, feature, n, steps)
+        # Lanes beyond the features repeat the last one, and write nothing.
+        own = jnp.minimum(feature, n - 1)
+        stretches = _Stretches(x_ref.at[row], ids_ref.at[row], (lane >> _SHIFT) * steps, own, n, steps)
 
         def divide(place, is_inside, value, goes_on, state):
             total, squares = state = _add_squares(place, is_inside, value, goes_on, state)
             y = total / jnp.maximum(jnp.sqrt(squares), xla.TINY)
-            lanes.put(out, jnp.where(is_inside, place, length * n), y.astype(dtype))
+            lanes.put(out, jnp.where(is_inside & (feature < n), place, length * n), y.astype(dtype))
             return state
 
         total, goes_through = stretches.walk(_add_up, (_zero(), lanes.full(LANES, 1)))
@@ -168,7 +168,7 @@ def _kernel(x, ids, dtype):
         running_sums,
         out_type=jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
         scratch_types=[plgpu.SMEM((LANES,), of) for of in (jnp.int32, jnp.float32, jnp.float32)],
-        grid=(batch, n // FEATURES),
+        grid=(batch, -(-n // FEATURES)),
         grid_names=("row", "block"),
         **({} if lanes.interpret is None else {"interpret": lanes.interpret}),
     )(x, ids)
