@@ -237,10 +237,10 @@ class HaxBranch(nnx.Module):
                     )
                 )
             else:
-                summary = rule.query_summary(queries, sequence)
+                summary = rule.query_summary(queries, sequence, self.precision.matmul, chosen)
                 scored = Scored(keys, summary)
                 # Gradients come through the few scores that the gate loss samples, and are made anew there.
-                key_scores = lax.stop_gradient(self.scorer(keys, summary))
+                key_scores = self.scorer.held_constant(keys, summary, implementation=chosen)
                 expiry, alive = key_lifetimes_and_alive(
                     to_rows(key_scores), size, segment_ids=ids, implementation=chosen
                 )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
-from hax_jax.ops import ranking_loss, segments
+from hax_jax.ops import key_scores, ranking_loss, segments
 from hax_jax.ops.numerics import einsum, wide
 
 
@@ -22,12 +22,23 @@ class KeyScorer(nnx.Module):
         settings: dict[str, Any] = {"scale": scale, "use_bias": True, "precision": precision, "rngs": rngs}
         hidden = (Linear(width, width, inner=True, **settings) for _ in range(2))
         self.layers = nnx.List([*hidden, Linear(width, 1, **settings)])
+        self.precision = precision
 
     @jax.named_scope("key_scorer")
     def __call__(self, k: Float[Array, "b t n"], summary: Float[Array, "b t n"]) -> Float[Array, "b t"]:
         x = lax.stop_gradient(jnp.concatenate([k, summary], axis=-1))
         first, second, last = self.layers
         return last(jax.nn.relu(second(jax.nn.relu(first(x)))))[..., 0]
+
+    @jax.named_scope("key_scorer")
+    def held_constant(
+        self, k: Float[Array, "b t n"], summary: Float[Array, "b t n"], *, implementation: str | None = None
+    ) -> Float[Array, "b t"]:
+        """The scores of many keys by one operation (`ops.key_scores`), through which no gradient passes."""
+        k, summary = (x.astype(self.precision.matmul) for x in (k, summary))
+        weights = (x[...] for layer in self.layers for x in (layer.kernel, layer.bias) if x is not None)
+        scores = key_scores(*lax.stop_gradient((k, summary, *weights)), implementation=implementation)
+        return scores.astype(self.precision.activation)
 
 
 def sample_keys(

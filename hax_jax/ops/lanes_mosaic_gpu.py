@@ -1,7 +1,7 @@
 """Reading and writing shared memory a lane at a time, which Pallas lacks: each lane says where.
 
-Vectors are int32 and laid out with one position a lane (`layout`). Pallas' interpreter, which tests use on a
-CPU, cannot run the inlined instructions, so there the same is said in JAX.
+Vectors are laid out with one position a lane (`layout`); indices are int32. Pallas' interpreter, which tests
+use on a CPU, cannot run the inlined instructions, so there the same is said in JAX.
 """
 
 from typing import Any
@@ -37,18 +37,20 @@ def load(ref, count):
 
 
 def gather(ref, index):
-    """ref[index] for int32 `ref` in memory of any kind; every index must be inside it."""
+    """ref[index] for `ref` in memory of any kind; every index must be inside it."""
     (count,) = index.shape
+    is_signed = True if jnp.issubdtype(ref.dtype, jnp.integer) else None
     if interpret is not None:
         return ref[...][index]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), layout(count)),
-        return_type=plgpu.ShapeDtypeStruct((count,), jnp.int32, layout=layout(count)),
+        return_type=plgpu.ShapeDtypeStruct((count,), ref.dtype, layout=layout(count)),
     )
     def read(ctx, ref, index):
         del ctx
-        return index.foreach(lambda i, _: memref.load(ref, [_as_index(i)]), create_array=True, is_signed=True)
+        load = lambda i, _: memref.load(ref, [_as_index(i)])  # noqa: E731
+        return index.foreach(load, create_array=True, is_signed=is_signed)
 
     return read(ref, index)
 
@@ -86,6 +88,31 @@ def scatter(ref, index, *values):
         mgpu.warpgroup_barrier()
 
     write(ref, index, list(values))
+
+
+def put(ref, index, value):
+    """ref[index] = value for `ref` (size,) in memory of any kind, of one lane of 128 for each index.
+
+    Indices beyond the end are left out; no two others may be equal. Nothing waits for the others' writing.
+    """
+    if interpret is not None:
+        ref[...] = ref[...].at[index].set(value, mode="drop")
+        return
+    (size,) = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(LANES), layout(LANES)))
+    def write(ctx, ref, index, value):
+        del ctx
+        registers: list[ir.Value] = []
+        value.foreach(lambda v, _: registers.append(v))
+
+        def store(i, _):
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, i, mgpu.c(size, i.type))):
+                memref.store(registers[0], ref, [_as_index(i)])
+
+        index.foreach(store)
+
+    write(ref, index, value)
 
 
 def _as_index(i):

@@ -31,6 +31,8 @@ FORMS = {
         "ssd",
         "selective_scan",
         "gated_rms_norm",
+        "key_scores",
+        "normed_running_sum",
         "sparse_attention",
         "lsh",
         "key_selection",
@@ -65,6 +67,9 @@ def cases(batch: int):
     ids = make_segments(g, batch, LENGTH)
     codes = jnp.asarray(g.integers(0, 3, (batch, LENGTH)), jnp.int32)
     start = normal(g, batch, WIDTH, STATES)
+    hidden = 2 * STATES
+    shapes = ((hidden, hidden), (hidden,), (hidden, hidden), (hidden,), (hidden, 1), (1,))
+    network = [normal(g, *shape) / 4 for shape in shapes]
     return {
         "causal_conv1d": (
             lambda form, f, i: ops.causal_conv1d(*f, segment_ids=i[0], implementation=form),
@@ -88,6 +93,12 @@ def cases(batch: int):
             (x, gate, bias),
             (),
         ),
+        "normed_running_sum": (
+            lambda form, f, i: ops.normed_running_sum(*f, segment_ids=i[0], implementation=form),
+            (B,),
+            (ids,),
+        ),
+        "key_scores": (lambda form, f, i: ops.key_scores(*f, implementation=form), (B, C, *network), ()),
         "sparse_attention": (
             lambda form, f, i: call_attention(form, *f, *i),
             (B, C, x),

@@ -19,6 +19,8 @@ LAUNCHES = {
     "ssd": 6,
     "selective_scan": 2,
     "gated_rms_norm": 1,
+    "key_scores": 1,
+    "normed_running_sum": 1,
     "sparse_attention": 5,
 }
 

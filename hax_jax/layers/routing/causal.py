@@ -4,12 +4,14 @@ What a position's keys are depends on what came before it in its segment, and on
 segment of their own, so neither their number nor their place matters.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.layers.sequence import Sequence
-from hax_jax.ops import segments
+from hax_jax.ops import normed_running_sum, segments
 from hax_jax.packing import Packing
 
 # The hash projection is drawn once and is part of the model's state.
@@ -18,8 +20,6 @@ FRESH_PROJECTION = False
 EMPTY_ROWS = "zero"
 # Pads have no part in any statistic, so that packed rows need not be laid out as padded ones for them.
 PADS_COUNT = False
-
-_TINY = 1e-12
 
 
 def make_sequence(
@@ -44,14 +44,14 @@ def hash_features(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
 
 
 @jax.named_scope("query_summary")
-def query_summary(q: Float[Array, "b t n"], sequence: Sequence) -> Float[Array, "b t n"]:
-    """What the key scorer knows of the queries so far.
+def query_summary(
+    q: Float[Array, "b t n"], sequence: Sequence, dtype: Any, implementation: str | None
+) -> Float[Array, "b t n"]:
+    """What the key scorer knows of the queries so far, rounded to `dtype`.
 
     s_t = sum_{i <= t} q_i, divided per feature by sqrt(sum_{i <= t} s_i^2), both within the segment.
     """
-    total = segments.running_sum(q, sequence.segment_ids)
-    norm = jnp.sqrt(segments.running_sum(total * total, sequence.segment_ids))
-    return total / jnp.maximum(norm, _TINY)
+    return normed_running_sum(q, segment_ids=sequence.segment_ids, dtype=dtype, implementation=implementation)
 
 
 def counts_for_gate_loss(sequence: Sequence, shape: tuple[int, int]) -> Bool[Array, "b t"] | None:

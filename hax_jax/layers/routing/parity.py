@@ -10,6 +10,7 @@
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +64,12 @@ def hash_features(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
 
 
 @jax.named_scope("query_summary")
-def query_summary(q: Float[Array, "b t n"], sequence: Sequence) -> Float[Array, "b t n"]:
+def query_summary(
+    q: Float[Array, "b t n"], sequence: Sequence, dtype: Any, implementation: str | None
+) -> Float[Array, "b t n"]:
     """The running sum of queries, each feature divided by that sum's norm over the row."""
-    del sequence
-    return _divide_by_norm_over_time(jnp.cumsum(q, axis=1))
+    del sequence, implementation
+    return _divide_by_norm_over_time(jnp.cumsum(q, axis=1)).astype(dtype)
 
 
 def counts_for_gate_loss(sequence: Sequence, shape: tuple[int, int]) -> Bool[Array, "b t"] | None:
