@@ -132,9 +132,11 @@ class LanguageModel(nnx.Module):
         if train and key is not None and branches:
             # Branches are alike: the same numbers as below, without a few tiny kernels for each.
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(branches)))
-            drawn = jax.vmap(lambda key: branches[min(branches)].draw(key, batch, length, train))(keys)
+            first = branches[min(branches)]
+            # As a dict: the arrays of `RoutingDraws` have no axis of layers.
+            drawn = jax.vmap(lambda key: vars(first.draw(key, batch, length, train)))(keys)
             for place, index in enumerate(branches):
-                draws[index] = jax.tree.map(lambda x, place=place: x[place], drawn)
+                draws[index] = RoutingDraws(**jax.tree.map(lambda x, place=place: x[place], drawn))
             return tuple(draws)
         for index, branch in branches.items():
             layer_key = None if key is None else jax.random.fold_in(key, index)

@@ -60,10 +60,9 @@ def ssd(
     dispatch.check_shape("ssd", "C", C.shape, (b, t, g, n), "b, t, g, n")
     if h % g:
         raise ValueError(f"`B` of ssd must have a number of groups that divides the {h} heads, got {g}")
-    if D is not None:
-        dispatch.check_shape("ssd", "D", D.shape, (h,), "h")
-    if dt_bias is not None:
-        dispatch.check_shape("ssd", "dt_bias", dt_bias.shape, (h,), "h")
+    for name, vector in (("D", D), ("dt_bias", dt_bias)):
+        if vector is not None:
+            dispatch.check_shape("ssd", name, vector.shape, (h,), "h")
     if initial_state is not None:
         dispatch.check_shape("ssd", "initial_state", initial_state.shape, (b, h, p, n), "b, h, p, n")
     if segment_ids is not None:
