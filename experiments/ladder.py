@@ -2,15 +2,14 @@
 
     python experiments/ladder.py --rung=4 --variant=bits4 [--steps=3000] [--seeds=0,1] [--batch_size=32]
 
-A rung is the size of its tables: 4 means 4 contexts of 4 keys. Each variant below changes a few settings for
-a reason and says what it should do. The file, results/ladder/RUNG_VARIANT.json, holds what was predicted, the
-settings, and for each seed the validation accuracy and the source recall over the steps. --list names the
-variants.
+A rung is the size of its tables: 4 means 4 contexts of 4 keys. Each variant of experiments/ladder_variants.py
+changes a few settings for a reason and says what it should do. The file, results/ladder/RUNG_VARIANT.json,
+holds what was predicted, the settings, and for each seed the validation accuracy and the source recall over
+the steps. --list names the variants.
 
 Exit status: 0 done; 2 bad input, said in one line; 143 stopped by a signal, nothing kept.
 """
 
-import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -22,62 +21,10 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import results
+from experiments.ladder_variants import HAX, VARIANTS
 from hax_jax.config import ConfigError, Experiment
 
 FOLDER = results.CHECKOUT / results.FOLDER / "ladder"
-_HAX = "sign_bin_lsh+key_selection"
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Settings to change, below `model` and `training`, and what that should do, written before the run."""
-
-    prediction: str
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-VARIANTS = {
-    "hax": Variant("The reference: 8 bits, 64 keys. Hashing shows few answers, key selection more."),
-    "base": Variant(
-        "No sparse branch: as fast as the reference if the recurrent state alone holds the table, far behind "
-        "if attention does the work.",
-        model={"sparse_arch": "none"},
-    ),
-    "bits4": Variant(
-        "16 buckets in place of 256: many more answers collide with their query, so that hashing gets a "
-        "gradient; its recall rises and the plateau ends earlier.",
-        model={"num_hash": 4},
-    ),
-    "bits2": Variant(
-        "4 buckets: nearly every answer may collide, limited by the keys that a query may see.",
-        model={"num_hash": 2},
-    ),
-    "lsh": Variant(
-        "Hashing alone with 32 keys: what it learns without key selection beside it.",
-        model={"sparse_arch": "sign_bin_lsh", "sparse_keys": 32},
-    ),
-    "lsh_bits3": Variant(
-        "Hashing alone with 8 buckets and 32 keys: recall well above that with 8 bits, and accuracy with it.",
-        model={"sparse_arch": "sign_bin_lsh", "sparse_keys": 32, "num_hash": 3},
-    ),
-    "keys8": Variant(
-        "8 keys in all: if attention to the answer were what solves the task, far behind the reference.",
-        model={"sparse_keys": 8},
-    ),
-    "base_state4": Variant(
-        "No sparse branch and an eighth of the state: too little for the table, so below the reference.",
-        model={"sparse_arch": "none", "state_size": 4},
-    ),
-    "hax_state4": Variant(
-        "An eighth of the state, which makes retrieval worth more: recall rises above that of the reference.",
-        model={"state_size": 4},
-    ),
-    "fast": Variant(
-        "Second moment forgotten in 50 steps (adam_b2 0.98): plateaus end earlier.",
-        training={"adam_b2": 0.98},
-    ),
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -124,7 +71,7 @@ def settings(options: Any) -> Experiment:
     variant, size = VARIANTS[options.variant], options.rung
     interval = max(options.steps // 20, 1)
     experiment = Experiment(name=f"{size}x{size}_{options.variant}").to_dict()
-    experiment["model"] |= {"sparse_arch": _HAX, "precision": options.precision, **variant.model}
+    experiment["model"] |= {"sparse_arch": HAX, "precision": options.precision, **variant.model}
     experiment["data"] |= {
         **dict.fromkeys(("min_n_context", "max_n_context", "min_n_key", "max_n_key"), size),
         "n_eval_per_pair": 500,
@@ -142,6 +89,7 @@ def settings(options: Any) -> Experiment:
         "tensorboard": False,
         "population_seeds": options.seeds,
         **variant.training,
+        **{name: max(int(share * options.steps), 1) for name, share in variant.shares.items()},
     }
     return Experiment.from_dict(experiment)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hax_jax.config import ModelConfig
+from hax_jax.layers import initializers
 from hax_jax.layers.key_scorer import KeyScorer, gate_loss, sample_keys
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
@@ -39,6 +40,10 @@ _HASHES = {
 }
 
 
+# Beside the square of a query's or key's length, so that none divides by zero.
+_TINY = 1e-6
+
+
 class HashProjection(nnx.Variable):
     """A fixed random projection: saved with the model, never trained."""
 
@@ -46,16 +51,18 @@ class HashProjection(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingDraws:
-    """The random arrays of one call of one branch.
+    """What differs from one call of one branch to the next: its random arrays, and how it hashes.
 
     Attributes:
       projection: (n, r) standard-normal hash projection; None for the branch's own fixed one.
       noise: (b, t) uniform numbers in [0, 1) that sample keys for the gate loss, in packed rows one for each
         position of the padded items (m, padded_length); None without that loss.
+      hash_bits: () integer, how many of a sign code's bits count; all of them if None or larger.
     """
 
     projection: Float[Array, "n r"] | None = None
     noise: Float[Array, "b t"] | None = None
+    hash_bits: Int[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -102,8 +109,9 @@ class HaxBranch(nnx.Module):
 
     Args:
       width: e, the width of its inputs and outputs.
-      config: only what concerns the branch is read: `state_size` (n), `sparse_arch`, `sparse_keys`,
-        `num_hash`, `data_max_length`, `routing`, `precision`, `implementation`, `initializer_range`.
+      config: only what concerns the branch is read: `key_size` or else `state_size` (n), `sparse_arch`,
+        `sparse_keys`, `num_hash`, `data_max_length`, `query_key`, `unit_norm`, `projection`, `centring`,
+        `routing`, `precision`, `implementation`, `initializer_range`.
       rngs: `rngs.params()` gives the initial values' keys.
 
     Source: HAX (arXiv 2507.00449), section 4.
@@ -112,27 +120,27 @@ class HaxBranch(nnx.Module):
     def __init__(self, width: int, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.precision = Precision.named(config.precision)
-        n, scale = config.state_size, config.initializer_range
-        self.key_query_proj = Linear(width, 2 * n, scale=scale, precision=self.precision, rngs=rngs)
+        n, scale = config.key_width, config.initializer_range
+        columns = n if config.query_key == "shared" else 2 * n
+        self.key_query_proj = Linear(width, columns, scale=scale, precision=self.precision, rngs=rngs)
+        if config.query_key == "tied_init":
+            kernel = self.key_query_proj.kernel
+            kernel[...] = jnp.tile(kernel[:, :n], 2)
         self.output_scale = nnx.Param(jnp.ones(width, self.precision.param))
         if "key_selection" in config.sources:
             self.scorer = KeyScorer(n, scale=scale, precision=self.precision, rngs=rngs)
-        if self._hashes and not self._rule.FRESH_PROJECTION:
-            projection = jax.random.normal(rngs.params(), (n, config.num_hash), jnp.float32)
-            self.projection = HashProjection(projection)
+        if config.hashes and not self._rule.FRESH_PROJECTION:
+            draw = initializers.orthogonal if config.projection == "orthogonal" else jax.random.normal
+            self.projection = HashProjection(draw(rngs.params(), (n, config.num_hash), jnp.float32))
 
     @property
     def _rule(self):
         return RULES[self.config.routing]
 
     @property
-    def _hashes(self) -> bool:
-        return any(source in _HASHES for source in self.config.sources)
-
-    @property
     def needs_key(self) -> tuple[bool, bool]:
         """Whether a call draws random numbers: outside training, and in training."""
-        fresh = self._hashes and self._rule.FRESH_PROJECTION
+        fresh = self.config.hashes and self._rule.FRESH_PROJECTION
         return fresh, fresh or "key_selection" in self.config.sources
 
     @jax.named_scope("draw")
@@ -152,8 +160,8 @@ class HaxBranch(nnx.Module):
         config = self.config
         projection_key, noise_key = jax.random.split(key)
         projection = noise = None
-        if self._hashes and self._rule.FRESH_PROJECTION:
-            projection = jax.random.normal(projection_key, (config.state_size, config.num_hash), jnp.float32)
+        if config.hashes and self._rule.FRESH_PROJECTION:
+            projection = jax.random.normal(projection_key, (config.key_width, config.num_hash), jnp.float32)
         if train and "key_selection" in config.sources:
             noise = jax.random.uniform(noise_key, (batch, length), jnp.float32)
         return RoutingDraws(projection, noise)
@@ -174,9 +182,7 @@ class HaxBranch(nnx.Module):
         """
         sequence = sequence or Sequence()
         draws = draws or RoutingDraws()
-        n, inner = self.config.state_size, self.precision.inner
-        keys, queries = (part.astype(inner) for part in self.key_query_proj.split(v, n, n))
-        keys = keys * n**-0.5
+        keys, queries = self._keys_and_queries(v)
         key_set, scored = self._choose_keys(queries, keys, sequence, draws)
 
         head = lambda x: x.astype(self.precision.matmul)[:, :, None]  # noqa: E731
@@ -202,6 +208,29 @@ class HaxBranch(nnx.Module):
             key_scores = sequence.packing.to_items(key_scores)
         result = dataclasses.replace(result, key_scores=key_scores)
         return self._with_gate_loss(result, scored, sequence, draws) if train else result
+
+    def _keys_and_queries(self, v: Float[Array, "b t e"]) -> tuple[Float[Array, "b t n"], ...]:
+        """Keys, already divided by sqrt(n), and queries."""
+        n, inner = self.config.key_width, self.precision.inner
+        parts = self.key_query_proj.split(v, *[n] * (self.key_query_proj.kernel.shape[1] // n))
+        if self.config.unit_norm:
+            parts = tuple(x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + _TINY) for x in parts)
+        # One matrix gives one array, which is both.
+        keys, queries = parts[0].astype(inner), parts[-1].astype(inner)
+        return keys * n**-0.5, queries
+
+    def _codes(self, name, x, sequence, draws):
+        """The hash codes of queries or keys, and the number of codes that there are."""
+        projection = draws.projection if draws.projection is not None else self._fixed_projection()
+        hash_of, codes_of = _HASHES[name]
+        x = self._rule.hash_features(x.astype(projection.dtype))
+        if self.config.centring == "running":
+            x = x - segments.running_mean(x, sequence.segment_ids)
+        code = hash_of(x, projection)
+        if draws.hash_bits is not None and name == "sign_bin_lsh":
+            # Keys are integers: fewer bits are larger buckets, at the same shapes.
+            code = code & ~(-1 << jnp.clip(draws.hash_bits, 0, self.config.num_hash))
+        return code, codes_of(projection.shape[1])
 
     def _choose_keys(self, queries, keys, sequence, draws):
         """The key set, and what the scorer did where key selection is one of its sources."""
@@ -229,13 +258,10 @@ class HaxBranch(nnx.Module):
             elif name == "dilated":
                 sources.append(Dilated(config.dilation, position))
             elif name in _HASHES:
-                projection = draws.projection if draws.projection is not None else self._fixed_projection()
-                hash_of, codes_of = _HASHES[name]
-                num_codes = codes_of(projection.shape[1])
-                query_code, key_code = (
-                    to_rows(hash_of(rule.hash_features(x.astype(projection.dtype)), projection))
-                    for x in (queries, keys)
+                (query_code, num_codes), (key_code, _) = (
+                    self._codes(name, x, sequence, draws) for x in (queries, keys)
                 )
+                query_code, key_code = to_rows(query_code), to_rows(key_code)
                 counts_and_orders = bucket_orders(
                     query_code, key_code, segment_ids=ids, num_codes=num_codes, implementation=chosen
                 )

@@ -19,6 +19,13 @@ def uniform(key: jax.Array, shape: tuple[int, ...], bound: float, dtype: jnp.dty
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """Columns (n, r) of length sqrt(n), each n of them orthogonal to each other."""
+    n, r = shape
+    blocks = jax.random.orthogonal(key, n, (-(-r // n),), dtype)
+    return n**0.5 * jnp.concatenate([*blocks], axis=1)[:, :r]
+
+
 def time_step_bias(key: jax.Array, size: int, config: ModelConfig, dtype: jnp.dtype) -> Float[Array, " size"]:
     """Biases whose softplus is log-uniform in [time_step_min, time_step_max], and at least the floor."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)

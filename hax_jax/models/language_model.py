@@ -143,6 +143,7 @@ class LanguageModel(nnx.Module):
         key: jax.Array | None = None,
         draws: tuple[RoutingDraws, ...] | None = None,
         train: bool = False,
+        hash_bits: Int[Array, ""] | None = None,
     ) -> ModelOutput:
         """Predicts the token after each position.
 
@@ -158,6 +159,7 @@ class LanguageModel(nnx.Module):
             the hash projections. Not needed otherwise.
           draws: those random arrays themselves, instead of `key`.
           train: whether to compute the gate loss.
+          hash_bits: how many of a sign code's bits count; None: all of them.
 
         Returns:
           A `ModelOutput`.
@@ -173,6 +175,8 @@ class LanguageModel(nnx.Module):
             if packing is not None:
                 batch, length = packing.num_items, packing.padded_length
             draws = self.draw(key, batch, length, train)
+        if hash_bits is not None:
+            draws = tuple(dataclasses.replace(draw, hash_bits=hash_bits) for draw in draws)
         x = self.embeddings(tokens)
         # After the last mixer has looked along time, nothing sees another position.
         keep = None if scored is None else functools.partial(scored.take, packing=packing)

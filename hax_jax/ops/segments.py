@@ -71,6 +71,12 @@ def running_sum(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None)
     return y.reshape(x.shape[0], -1, x.shape[2])[:, :length]
 
 
+def running_mean(x: Float[Array, "b t n"], segment_ids: Int[Array, "b t"] | None) -> Array:
+    """Mean over time so far of x (b, t, n), the position itself included, begun anew in every segment."""
+    count = positions(as_array(segment_ids, x.shape[:2])) + 1
+    return running_sum(x, segment_ids) / count[..., None]
+
+
 def _in_blocks(x):
     x = pad_time(x, BLOCK)
     return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])

@@ -43,9 +43,12 @@ class TokenFunction(nnx.Module):
         return self.function(params, tokens, **{name: offered[name] for name in self.accepts})
 
 
-def apply(model: nnx.Module, batch: Batch, key: jax.Array, train: bool) -> Any:
-    """Calls a model on a batch; one that takes `packing` and `scored` is told of them."""
-    offered = {"packing": batch.packing, "scored": batch.scored}
+def apply(model: nnx.Module, batch: Batch, key: jax.Array, train: bool, **training: Any) -> Any:
+    """Calls a model on a batch; one that takes `packing` and `scored` is told of them.
+
+    So is one that takes what `training` holds, of which a value of None is as if it were not there.
+    """
+    offered = {"packing": batch.packing, "scored": batch.scored, **training}
     taken = _arguments(type(model))
     more = {name: value for name, value in offered.items() if value is not None and name in taken}
     return model(batch.tokens, padding_mask=batch.padding_mask, key=key, train=train, **more)

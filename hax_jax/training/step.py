@@ -84,7 +84,7 @@ def make_train_step(
         if training.grad_accumulation_steps == 1:
             batch = materialize(jax.tree.map(lambda x: x[0], raw))
             grads, (parts, buffers) = gradient(
-                state.params, state.buffers, batch, jax.random.fold_in(key, 0), _num_scored(batch)
+                state.params, state.buffers, batch, jax.random.fold_in(key, 0), _num_scored(batch), state.step
             )
         else:
             grads, parts, buffers = _accumulate(gradient, materialize, state, raw, key)
@@ -161,9 +161,10 @@ def _make_objective(
 ) -> Callable[..., Any]:
     """What is differentiated: a batch's part of the loss, with its metrics and the model's new buffers."""
 
-    def objective(params, buffers, batch, key, num_scored):
+    def objective(params, buffers, batch, key, num_scored, step):
         model = structure.merge(params, buffers)
-        logits, gate_loss = _at_scored(apply(model, batch, key, train=True), batch)
+        output = apply(model, batch, key, train=True, hash_bits=_hash_bits(training, step))
+        logits, gate_loss = _at_scored(output, batch)
         parts = {
             "loss": token_losses(logits, batch).sum() / num_scored,
             "gate_loss": gate_loss / training.grad_accumulation_steps,
@@ -175,6 +176,12 @@ def _make_objective(
     return objective
 
 
+def _hash_bits(training: TrainingConfig, step: jax.Array) -> jax.Array | None:
+    """How many bits of a hash code count at a step; the model knows how many there are."""
+    every = training.hash_bits_every
+    return training.hash_bits + step // every if every else None
+
+
 def _accumulate(gradient, materialize, state, raw, key):
     """Sums gradients and metrics over the leading axis of `raw`, one batch after the other."""
     num_scored = jax.lax.map(lambda one: _num_scored(materialize(one), least=0.0), raw).sum()
@@ -182,7 +189,9 @@ def _accumulate(gradient, materialize, state, raw, key):
 
     def of_batch(buffers, index, one):
         batch_key = jax.random.fold_in(key, index)
-        grads, (parts, buffers) = gradient(state.params, buffers, materialize(one), batch_key, num_scored)
+        grads, (parts, buffers) = gradient(
+            state.params, buffers, materialize(one), batch_key, num_scored, state.step
+        )
         return _at_least_float32(grads), parts, buffers
 
     def add(carry, inputs):

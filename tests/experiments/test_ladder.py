@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import ladder
+from experiments import ladder, ladder_variants
 from hax_jax import training
 
 
@@ -27,7 +27,7 @@ def test_a_run_is_kept_with_its_curves(tmp_path, monkeypatch):
         "sparse_keys": 8,
         "num_layers": 1,
     }
-    monkeypatch.setitem(ladder.VARIANTS, "hax", ladder.Variant("Nothing in two steps.", model=small))
+    monkeypatch.setitem(ladder.VARIANTS, "hax", ladder_variants.Variant("Nothing in two steps.", model=small))
     out = tmp_path / "small.json"
     flags = ["--rung=2", "--steps=2", "--seeds=3", "--batch_size=2", "--precision=float32", f"--out={out}"]
     assert ladder.main(["ladder.py", *flags]) == 0
