@@ -113,6 +113,21 @@ VARIANTS = {
         "use them, and recall falls less than it rose.",
         **_SCHEDULE,
     ),
+    "hash_loss": Variant(
+        "A tenth of the hash loss: codes follow what attention likes, but attention rests on what key "
+        "selection shows; recall by hashing a few times the reference's, accuracy as there.",
+        training={"hash_loss_weight": 0.1},
+    ),
+    "hash_loss1": Variant(
+        "The whole hash loss: more recall than a tenth, and no less accuracy, since the layers before are "
+        "left alone.",
+        training={"hash_loss_weight": 1.0},
+    ),
+    "schedule_hash_loss": Variant(
+        "Large buckets first, and codes that follow attention: recall rises early and stays.",
+        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
+        shares=_SCHEDULE["shares"],
+    ),
     "gate0": Variant(
         "The key scorer untrained: key selection keeps arbitrary keys; slower than the reference.",
         training={"gate_loss_weight": 0.0},
@@ -181,6 +196,36 @@ VARIANTS = {
         model={**_LSH, "sparse_keys": 256, "unit_norm": True, "centring": "running"},
         **_SCHEDULE,
     ),
+    "lsh_hash_loss": Variant(
+        "Hashing alone with a tenth of the hash loss: while attention is flat the loss wants buckets that "
+        "fill the window of 32 keys, as few bits would give; recall well above `lsh` from the start.",
+        model=_LSH,
+        training={"hash_loss_weight": 0.1},
+    ),
+    "lsh_hash_loss1": Variant(
+        "Hashing alone with the whole hash loss: as with a tenth, sooner.",
+        model=_LSH,
+        training={"hash_loss_weight": 1.0},
+    ),
+    "lsh_shared_hash_loss1": Variant(
+        "Hashing alone, one matrix, the whole hash loss: above lsh_hash_loss1, since matches start alike.",
+        model={**_LSH, "query_key": "shared"},
+        training={"hash_loss_weight": 1.0},
+    ),
+    "lsh_schedule_wide_hash_loss1": Variant(
+        "As lsh_schedule_wide with the whole hash loss: what attention learnt to look up while it saw all "
+        "keeps its place in the bucket as bits come; recall above half at the end.",
+        model={**_LSH, "sparse_keys": 256},
+        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
+        shares=_SCHEDULE["shares"],
+    ),
+    "lsh_unit_schedule_hash_loss1": Variant(
+        "Cosines, large buckets first in a window of 32 keys, the whole hash loss: the loss then means the "
+        "32 best keys of each query; recall highest among the forms that never see more than 32.",
+        model={**_LSH, "unit_norm": True},
+        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
+        shares=_SCHEDULE["shares"],
+    ),
     "lsh_state4": Variant(
         "Hashing alone beside an eighth of the state, 32 features for keys: little else can hold the table, "
         "and still hashing does not find it; far below `lsh`.",
@@ -194,5 +239,12 @@ VARIANTS = {
         "As lsh_state4 with large buckets at first: well above it, carried by retrieval.",
         model={**_LSH, "sparse_keys": 256, "state_size": 4, "key_size": 32},
         **_SCHEDULE,
+    ),
+    "lsh_state4_schedule_wide_hash_loss1": Variant(
+        "As lsh_state4_schedule_wide with the whole hash loss: no fall of accuracy as bits come; the nearest "
+        "to full_state4.",
+        model={**_LSH, "sparse_keys": 256, "state_size": 4, "key_size": 32},
+        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
+        shares=_SCHEDULE["shares"],
     ),
 }

@@ -125,6 +125,8 @@ class TrainingConfig(Checked):
     # Batches whose mean gradient makes one update; `num_steps` counts updates.
     grad_accumulation_steps: int = integer(1, 1, 10**6)
     gate_loss_weight: float = number(0.1, 0.0, 1e6)
+    # Of the loss that makes hash codes agree where attention to all keys would look (docs/science.md).
+    hash_loss_weight: float = number(0.0, 0.0, 1e6)
     # In training, hash codes begin with the first so many bits and get one more every so many steps, up to
     # `model.num_hash`; 0: all from the beginning. Evaluation always uses all.
     hash_bits: int = integer(1, 0, 31)
@@ -194,8 +196,7 @@ class Experiment(Checked):
                 "float64",
                 "float64 is for comparisons in code, under jax.enable_x64",
             )
-        if self.training.hash_bits_every:
-            self._check_hash_bits()
+        self._check_hashing()
         if self.data.min_vocab_size > self.model.vocab_size:
             raise ConfigError(
                 "model.vocab_size",
@@ -204,16 +205,25 @@ class Experiment(Checked):
                 "raise it, or lower data.n_value, data.max_n_key or data.max_n_context",
             )
 
-    def _check_hash_bits(self) -> None:
+    def _check_hashing(self) -> None:
         training, bits = self.training, self.model.num_hash
-        if "sign_bin_lsh" not in self.model.sources:
+        for field in ("hash_loss_weight", "hash_bits_every"):
+            if getattr(training, field) and "sign_bin_lsh" not in self.model.sources:
+                raise ConfigError(
+                    f"training.{field}",
+                    "0 without 'sign_bin_lsh' in model.sparse_arch",
+                    getattr(training, field),
+                    "there are no bits that it could change",
+                )
+        if training.hash_loss_weight and self.model.routing == "parity":
             raise ConfigError(
-                "training.hash_bits_every",
-                "0 without 'sign_bin_lsh' in model.sparse_arch",
-                training.hash_bits_every,
-                "there are no bits to leave out",
+                "training.hash_loss_weight",
+                "0 with model.routing='parity'",
+                training.hash_loss_weight,
+                "there every call hashes by other directions; use model.routing='causal'",
             )
-        if training.hash_bits + training.num_steps // training.hash_bits_every < bits:
+        every = training.hash_bits_every
+        if every and training.hash_bits + training.num_steps // every < bits:
             raise ConfigError(
                 "training.hash_bits_every",
                 f"small enough for all model.num_hash={bits} bits within training.num_steps="

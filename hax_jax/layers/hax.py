@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hax_jax.config import ModelConfig
 from hax_jax.layers import initializers
+from hax_jax.layers.hash_loss import hash_loss, sample_pairs, soft_bits
 from hax_jax.layers.key_scorer import KeyScorer, gate_loss, sample_keys
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
@@ -57,18 +58,21 @@ class RoutingDraws:
       projection: (n, r) standard-normal hash projection; None for the branch's own fixed one.
       noise: (b, t) uniform numbers in [0, 1) that sample keys for the gate loss, in packed rows one for each
         position of the padded items (m, padded_length); None without that loss.
+      pairs: (b, t) or (m, padded_length) likewise, uniform numbers that sample positions for the hash loss;
+        None without that loss.
       hash_bits: () integer, how many of a sign code's bits count; all of them if None or larger.
     """
 
     projection: Float[Array, "n r"] | None = None
     noise: Float[Array, "b t"] | None = None
+    pairs: Float[Array, "b t"] | None = None
     hash_bits: Int[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BranchOutput:
-    """What a branch computed; all but `output` and `gate_loss` is there to be looked at.
+    """What a branch computed; all but `output` and the losses is there to be looked at.
 
     Attributes:
       output: (b, t, e), `attention` times the learned scale E.
@@ -79,6 +83,7 @@ class BranchOutput:
       gate_loss: scalar, 0 without key selection or outside training.
       key_scores: (b, t), of packed rows as padded items (m, padded_length); None without key selection.
       sampled_scores, sampled_targets: (b, k), of packed rows (m, k); None where there is no gate loss.
+      hash_loss: scalar; None where it was not asked for.
     """
 
     output: jax.Array
@@ -91,6 +96,7 @@ class BranchOutput:
     key_scores: jax.Array | None = None
     sampled_scores: jax.Array | None = None
     sampled_targets: jax.Array | None = None
+    hash_loss: jax.Array | None = None
 
 
 class _Scored(NamedTuple):
@@ -144,13 +150,17 @@ class HaxBranch(nnx.Module):
         return fresh, fresh or "key_selection" in self.config.sources
 
     @jax.named_scope("draw")
-    def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> RoutingDraws:
+    def draw(
+        self, key: jax.Array | None, batch: int, length: int, train: bool, hash_loss: bool = False
+    ) -> RoutingDraws:
         """Draws the random arrays of one call from `key`, which may be None where `needs_key` says so.
+
+        With `hash_loss`, for which a key is needed too, the call will compute that loss.
 
         Raises:
           ValueError: no key where one is needed.
         """
-        if not self.needs_key[train]:
+        if not self.needs_key[train] and not hash_loss:
             return RoutingDraws()
         if key is None:
             raise ValueError(
@@ -159,12 +169,15 @@ class HaxBranch(nnx.Module):
             )
         config = self.config
         projection_key, noise_key = jax.random.split(key)
-        projection = noise = None
+        projection = noise = pairs = None
         if config.hashes and self._rule.FRESH_PROJECTION:
             projection = jax.random.normal(projection_key, (config.key_width, config.num_hash), jnp.float32)
         if train and "key_selection" in config.sources:
             noise = jax.random.uniform(noise_key, (batch, length), jnp.float32)
-        return RoutingDraws(projection, noise)
+        if hash_loss:
+            # Apart from the two keys above, which stay what they are without this loss.
+            pairs = jax.random.uniform(jax.random.fold_in(key, 2), (batch, length), jnp.float32)
+        return RoutingDraws(projection, noise, pairs)
 
     @jax.named_scope("hax")
     def __call__(
@@ -178,7 +191,7 @@ class HaxBranch(nnx.Module):
         """Attends within v (b, t, e).
 
         `draws` are the call's random arrays (see `draw`); None draws nothing, which is right outside training
-        with causal routing. With `train` the gate loss is computed.
+        with causal routing. With `train` the gate loss is computed, with `draws.pairs` the hash loss.
         """
         sequence = sequence or Sequence()
         draws = draws or RoutingDraws()
@@ -201,6 +214,9 @@ class HaxBranch(nnx.Module):
             attention = self._uniform_where_empty(attention, queries, keys, v, key_set, sequence)
         output = (attention * self.output_scale[...]).astype(self.precision.inner)
         result = BranchOutput(output, attention, queries, keys, v, key_set, jnp.zeros(()))
+        if draws.pairs is not None:
+            loss = self._hash_loss(result, sequence, draws.pairs)
+            result = dataclasses.replace(result, hash_loss=loss)
         if scored is None:
             return result
         key_scores = scored.scores
@@ -318,6 +334,21 @@ class HaxBranch(nnx.Module):
             segment_ids=sequence.segment_ids,
         )
         return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
+
+    def _hash_loss(self, result: BranchOutput, sequence: Sequence, noise: jax.Array) -> jax.Array:
+        """The hash loss of a sample of pairs; its gradient reaches the map to keys and queries alone."""
+        pairs = sample_pairs(noise, sequence)
+        # Made anew of inputs held constant: the layers before learn from the task what to put there.
+        vectors = self._keys_and_queries(pairs.take(lax.stop_gradient(result.values)))
+        bits = []
+        for x, everywhere in zip(vectors, (result.keys, result.queries), strict=True):
+            if self.config.centring == "running":
+                everywhere = lax.stop_gradient(everywhere).astype(jnp.float32)
+                x = x - pairs.take(segments.running_mean(everywhere, sequence.segment_ids))
+            bits.append(soft_bits(x, self._fixed_projection()))
+        key_bits, query_bits = bits
+        keys, queries = vectors
+        return hash_loss(queries, keys, query_bits, key_bits, pairs, self.config.keys_per_source)
 
     def _uniform_where_empty(self, attention, queries, keys, v, key_set, sequence):
         """Fault 3 of the original, of which the op knows only in rows of one item each."""

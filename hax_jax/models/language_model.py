@@ -45,12 +45,14 @@ class ModelOutput:
     Attributes:
       logits: (b, t, vocab), at least float32; (m, s, vocab) where only scored positions were asked for.
       gate_loss: scalar, the layers' gate losses summed; 0 outside training.
+      hash_loss: scalar, the layers' hash losses summed; 0 where they were not asked for.
       hidden: (b, t, d), or (m, s, d) likewise, the output of the last norm.
       layers: one `LayerOutput` a block.
     """
 
     logits: jax.Array
     gate_loss: jax.Array
+    hash_loss: jax.Array
     hidden: jax.Array
     layers: tuple[LayerOutput, ...]
 
@@ -120,7 +122,9 @@ class LanguageModel(nnx.Module):
         self.layers = nnx.List([Block(config, index, rngs=rngs) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, precision=precision)
 
-    def draw(self, key: jax.Array | None, batch: int, length: int, train: bool) -> tuple[RoutingDraws, ...]:
+    def draw(
+        self, key: jax.Array | None, batch: int, length: int, train: bool, hash_loss: bool = False
+    ) -> tuple[RoutingDraws, ...]:
         """Draws every layer's random arrays for one call; layer i uses `key` folded with i."""
         draws = []
         for index, layer in enumerate(self.layers):
@@ -129,7 +133,7 @@ class LanguageModel(nnx.Module):
                 draws.append(RoutingDraws())
             else:
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                draws.append(branch.draw(layer_key, batch, length, train))
+                draws.append(branch.draw(layer_key, batch, length, train, hash_loss))
         return tuple(draws)
 
     def __call__(
@@ -144,6 +148,7 @@ class LanguageModel(nnx.Module):
         draws: tuple[RoutingDraws, ...] | None = None,
         train: bool = False,
         hash_bits: Int[Array, ""] | None = None,
+        hash_loss: bool = False,
     ) -> ModelOutput:
         """Predicts the token after each position.
 
@@ -160,6 +165,7 @@ class LanguageModel(nnx.Module):
           draws: those random arrays themselves, instead of `key`.
           train: whether to compute the gate loss.
           hash_bits: how many of a sign code's bits count; None: all of them.
+          hash_loss: whether to compute the hash loss, with causal routing, for which `key` is needed too.
 
         Returns:
           A `ModelOutput`.
@@ -174,7 +180,7 @@ class LanguageModel(nnx.Module):
             batch, length = tokens.shape
             if packing is not None:
                 batch, length = packing.num_items, packing.padded_length
-            draws = self.draw(key, batch, length, train)
+            draws = self.draw(key, batch, length, train, hash_loss)
         if hash_bits is not None:
             draws = tuple(dataclasses.replace(draw, hash_bits=hash_bits) for draw in draws)
         x = self.embeddings(tokens)
@@ -186,8 +192,16 @@ class LanguageModel(nnx.Module):
             x, output = layer(x, sequence, layer_draws, train, keep if is_last else None)
             layers.append(output)
         hidden = self.norm(x)
-        gate_loss = sum((o.branch.gate_loss for o in layers if o.branch is not None), start=jnp.zeros(()))
-        return ModelOutput(self.embeddings.attend(hidden), gate_loss, hidden, tuple(layers))
+        branches = [output.branch for output in layers if output.branch is not None]
+        gate_loss = sum((branch.gate_loss for branch in branches), start=jnp.zeros(()))
+        hash_losses = (branch.hash_loss for branch in branches if branch.hash_loss is not None)
+        return ModelOutput(
+            self.embeddings.attend(hidden),
+            gate_loss,
+            sum(hash_losses, start=jnp.zeros(())),
+            hidden,
+            tuple(layers),
+        )
 
 
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:

@@ -55,10 +55,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Sums]]:
     """The update of a run: train_step(state, raw) -> (state, metrics).
 
-    loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss. `raw` has
-    leading axes (grad_accumulation_steps, batch_size); the losses of its batches are joined so that the
-    gradient is that of one batch of all their rows. An update whose loss or gradient is not finite is
-    refused: the state stays the last good one, the batch is skipped and counted, and the step counts as made.
+    loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss
+    + `hash_loss_weight` * hash loss. `raw` has leading axes (grad_accumulation_steps, batch_size); the losses
+    of its batches are joined so that the gradient is that of one batch of all their rows; the losses that a
+    model adds are averaged. An update whose loss or gradient is not finite is refused: the state stays the
+    last good one, the batch is skipped and counted, and the step counts as made.
     The refusal after `max_refused_updates` of them ends the run: from then on nothing changes any more.
 
     Metrics are means since the last log step, which the state carries, so that a resumed run logs the same
@@ -163,7 +164,8 @@ def _make_objective(
 
     def objective(params, buffers, batch, key, num_scored, step):
         model = structure.merge(params, buffers)
-        output = apply(model, batch, key, train=True, hash_bits=_hash_bits(training, step))
+        more = {"hash_bits": _hash_bits(training, step), "hash_loss": training.hash_loss_weight > 0 or None}
+        output = apply(model, batch, key, train=True, **more)
         logits, gate_loss = _at_scored(output, batch)
         parts = {
             "loss": token_losses(logits, batch).sum() / num_scored,
@@ -171,7 +173,10 @@ def _make_objective(
             "accuracy": _mean_accuracy(logits, batch) / training.grad_accumulation_steps,
             "tokens": jnp.sum(batch.padding_mask, dtype=jnp.float32),
         }
-        return parts["loss"] + training.gate_loss_weight * parts["gate_loss"], (parts, buffers_of(model))
+        total = parts["loss"] + training.gate_loss_weight * parts["gate_loss"]
+        if training.hash_loss_weight > 0:
+            total += training.hash_loss_weight * output.hash_loss / training.grad_accumulation_steps
+        return total, (parts, buffers_of(model))
 
     return objective
 
