@@ -20,6 +20,8 @@ from hax_jax.ops.numerics import einsum, wide
 
 # Positions of an item whose pairs are looked at: all pairs of short items, and 8,128 of any other.
 SAMPLES = 128
+# Keys that a query wants at most: a window that shows more is room, no wish.
+_WANTED = 32
 # Soft bits are tanh(_SLOPE z), z of variance 1 for vectors without a preferred direction.
 _SLOPE = 2.0
 # The most that two soft bits can agree or disagree: saturated ones still have a finite loss.
@@ -77,7 +79,7 @@ def wanted(
 ) -> Float[Array, "m s s"]:
     """How much each query i wants to collide with each earlier key j, in [0, 1]; 0 for all other pairs.
 
-    t_ij = min(1, budget w_ij), where w_i is the softmax of (q_i - mean q) . k_j over all earlier keys, of
+    t_ij = min(1, n w_ij) with n = min(budget, 32), where w_i is the softmax of (q_i - mean q) . k_j over all earlier keys, of
     which the sampled ones stand for all.
     """
     asks = pairs.earlier.any(-1)[..., None]
@@ -88,7 +90,7 @@ def wanted(
     weight = jnp.exp(logits - largest)
     share = pairs.earlier.sum(-1) / jnp.maximum(pairs.num_earlier, 1)
     weight = weight * (share / jnp.maximum(weight.sum(-1), _TINY))[..., None]
-    return jnp.minimum(budget * weight, 1.0)
+    return jnp.minimum(min(budget, _WANTED) * weight, 1.0)
 
 
 @jax.named_scope("hash_loss")
