@@ -19,9 +19,13 @@ class Variant:
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-_LSH = {"sparse_arch": "sign_bin_lsh", "sparse_keys": 32}
+_Settings = dict[str, Any]
+_LSH: _Settings = {"sparse_arch": "sign_bin_lsh", "sparse_keys": 32}
 # From one bit to all eight within half of the steps.
-_SCHEDULE: dict[str, Any] = {"training": {"hash_bits": 1}, "shares": {"hash_bits_every": 1 / 14}}
+_SCHEDULE: _Settings = {"training": {"hash_bits": 1}, "shares": {"hash_bits_every": 1 / 14}}
+_LOSS = {"hash_loss_weight": 1.0}
+_SCHEDULE_LOSS: _Settings = {**_SCHEDULE, "training": {**_SCHEDULE["training"], **_LOSS}}
+_WIDE = {**_LSH, "sparse_keys": 256}
 
 VARIANTS = {
     "hax": Variant("The reference: 8 bits, 64 keys. Hashing shows few answers, key selection more."),
@@ -121,12 +125,17 @@ VARIANTS = {
     "hash_loss1": Variant(
         "The whole hash loss: more recall than a tenth, and no less accuracy, since the layers before are "
         "left alone.",
-        training={"hash_loss_weight": 1.0},
+        training=_LOSS,
     ),
     "schedule_hash_loss": Variant(
         "Large buckets first, and codes that follow attention: recall rises early and stays.",
-        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
-        shares=_SCHEDULE["shares"],
+        **_SCHEDULE_LOSS,
+    ),
+    "learned": Variant(
+        "Directions learned by the hash loss, apart for queries and keys, so that attention itself is left "
+        "alone: more recall by hashing than hash_loss1, accuracy as the reference.",
+        model={"projection": "learned"},
+        training=_LOSS,
     ),
     "gate0": Variant(
         "The key scorer untrained: key selection keeps arbitrary keys; slower than the reference.",
@@ -182,18 +191,18 @@ VARIANTS = {
     "lsh_schedule_wide": Variant(
         "As lsh_schedule with up to 256 keys of a bucket visible, all of them at first and few at the end: "
         "the answer is never out of the window; the best of the schedules.",
-        model={**_LSH, "sparse_keys": 256},
+        model=_WIDE,
         **_SCHEDULE,
     ),
     "lsh_shared_unit_schedule_wide": Variant(
         "As lsh_schedule_wide by cosines and one matrix: attention can raise a score only by turning the two "
         "vectors towards each other, which is what makes codes agree; recall highest without a further loss.",
-        model={**_LSH, "sparse_keys": 256, "query_key": "shared", "unit_norm": True},
+        model={**_WIDE, "query_key": "shared", "unit_norm": True},
         **_SCHEDULE,
     ),
     "lsh_unit_centred_schedule_wide": Variant(
         "As lsh_schedule_wide by cosines, means taken off, two matrices: as with one, a little slower.",
-        model={**_LSH, "sparse_keys": 256, "unit_norm": True, "centring": "running"},
+        model={**_WIDE, "unit_norm": True, "centring": "running"},
         **_SCHEDULE,
     ),
     "lsh_hash_loss": Variant(
@@ -205,26 +214,46 @@ VARIANTS = {
     "lsh_hash_loss1": Variant(
         "Hashing alone with the whole hash loss: as with a tenth, sooner.",
         model=_LSH,
-        training={"hash_loss_weight": 1.0},
+        training=_LOSS,
     ),
     "lsh_shared_hash_loss1": Variant(
         "Hashing alone, one matrix, the whole hash loss: above lsh_hash_loss1, since matches start alike.",
         model={**_LSH, "query_key": "shared"},
-        training={"hash_loss_weight": 1.0},
+        training=_LOSS,
     ),
     "lsh_schedule_wide_hash_loss1": Variant(
         "As lsh_schedule_wide with the whole hash loss: what attention learnt to look up while it saw all "
         "keeps its place in the bucket as bits come; recall above half at the end.",
-        model={**_LSH, "sparse_keys": 256},
-        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
-        shares=_SCHEDULE["shares"],
+        model=_WIDE,
+        **_SCHEDULE_LOSS,
     ),
     "lsh_unit_schedule_hash_loss1": Variant(
         "Cosines, large buckets first in a window of 32 keys, the whole hash loss: the loss then means the "
         "32 best keys of each query; recall highest among the forms that never see more than 32.",
         model={**_LSH, "unit_norm": True},
-        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
-        shares=_SCHEDULE["shares"],
+        **_SCHEDULE_LOSS,
+    ),
+    "lsh_learned": Variant(
+        "Hashing alone, learned directions: they follow attention, which at 256 buckets misses the answer; "
+        "recall above lsh_hash_loss1, accuracy little above `lsh`.",
+        model={**_LSH, "projection": "learned"},
+        training=_LOSS,
+    ),
+    "lsh_learned_schedule": Variant(
+        "As lsh_learned with large buckets first, in a window of 32 keys: recall far above lsh_schedule.",
+        model={**_LSH, "projection": "learned"},
+        **_SCHEDULE_LOSS,
+    ),
+    "lsh_learned_schedule_wide": Variant(
+        "Attention to nearly all keys first, learned directions that find its favourites when bits come: the "
+        "best of hashing alone, recall above two thirds.",
+        model={**_WIDE, "projection": "learned"},
+        **_SCHEDULE_LOSS,
+    ),
+    "lsh_learned_unit_schedule_wide": Variant(
+        "The same by cosines: a little more recall, since eight signs tell directions, not lengths.",
+        model={**_WIDE, "projection": "learned", "unit_norm": True},
+        **_SCHEDULE_LOSS,
     ),
     "lsh_state4": Variant(
         "Hashing alone beside an eighth of the state, 32 features for keys: little else can hold the table, "
@@ -237,14 +266,19 @@ VARIANTS = {
     ),
     "lsh_state4_schedule_wide": Variant(
         "As lsh_state4 with large buckets at first: well above it, carried by retrieval.",
-        model={**_LSH, "sparse_keys": 256, "state_size": 4, "key_size": 32},
+        model={**_WIDE, "state_size": 4, "key_size": 32},
         **_SCHEDULE,
     ),
     "lsh_state4_schedule_wide_hash_loss1": Variant(
         "As lsh_state4_schedule_wide with the whole hash loss: no fall of accuracy as bits come; the nearest "
         "to full_state4.",
-        model={**_LSH, "sparse_keys": 256, "state_size": 4, "key_size": 32},
-        training={**_SCHEDULE["training"], "hash_loss_weight": 1.0},
-        shares=_SCHEDULE["shares"],
+        model={**_WIDE, "state_size": 4, "key_size": 32},
+        **_SCHEDULE_LOSS,
+    ),
+    "lsh_state4_learned_schedule_wide": Variant(
+        "As lsh_learned_schedule_wide beside an eighth of the state: at least half of the answers come by "
+        "hashing, far above lsh_state4; the best sign that hashing can do the work.",
+        model={**_WIDE, "state_size": 4, "key_size": 32, "projection": "learned"},
+        **_SCHEDULE_LOSS,
     ),
 }

@@ -222,6 +222,13 @@ class Experiment(Checked):
                 training.hash_loss_weight,
                 "there every call hashes by other directions; use model.routing='causal'",
             )
+        if self.model.projection == "learned" and not training.hash_loss_weight:
+            raise ConfigError(
+                "training.hash_loss_weight",
+                "above 0 with model.projection='learned'",
+                training.hash_loss_weight,
+                "no other loss reaches the directions",
+            )
         every = training.hash_bits_every
         if every and training.hash_bits + training.num_steps // every < bits:
             raise ConfigError(

@@ -62,8 +62,9 @@ class ModelConfig(Checked):
     query_key: str = choice("separate", ("separate", "tied_init", "shared"))
     # Whether queries and keys are divided by their root mean square, so that scores are cosines.
     unit_norm: bool = flag(False)
-    # The fixed directions whose signs are the code's bits: independent, or orthogonal to each other.
-    projection: str = choice("normal", ("normal", "orthogonal"))
+    # The directions whose signs are the code's bits: fixed, independent or orthogonal to each other; or
+    # learned, by the hash loss alone, with thresholds and apart for queries and keys.
+    projection: str = choice("normal", ("normal", "orthogonal", "learned"))
     # What is taken off queries and keys before they are hashed: nothing, or their mean so far.
     centring: str = choice("none", ("none", "running"))
     routing: str = choice("causal", ("causal", "parity"))

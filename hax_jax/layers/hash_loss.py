@@ -65,13 +65,16 @@ def sample_pairs(noise: Float[Array, "m p"], sequence: Sequence) -> Pairs:
 
 
 def soft_bits(x: Float[Array, "m s n"], projection: Float[Array, "n r"]) -> Float[Array, "m s r"]:
-    """Smooth forms of the signs of x . projection, in (-1, 1), that the lengths of neither change."""
+    """Smooth forms of the signs of x . projection, in (-1, 1), for x of length 1."""
+    return jnp.tanh(_SLOPE * einsum("msn,nr->msr", x, projection))
+
+
+def directions(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
+    """x scaled to a length of 1, so that its product with a normal vector has variance 1."""
     x = x.astype(wide(x.dtype))
     square = (x * x).sum(-1, keepdims=True)
     # Centring leaves nothing of an item's first vector, whose direction then has no gradient.
-    x = jnp.where(square > _TINY, x * lax.rsqrt(jnp.maximum(square, _TINY)), 0)
-    cosines = einsum("msn,nr->msr", x, projection / jnp.linalg.norm(projection, axis=0))
-    return jnp.tanh(_SLOPE * x.shape[-1] ** 0.5 * cosines)
+    return jnp.where(square > _TINY, x * lax.rsqrt(jnp.maximum(square, _TINY)), 0)
 
 
 def wanted(
@@ -79,8 +82,8 @@ def wanted(
 ) -> Float[Array, "m s s"]:
     """How much each query i wants to collide with each earlier key j, in [0, 1]; 0 for all other pairs.
 
-    t_ij = min(1, n w_ij) with n = min(budget, 32), where w_i is the softmax of (q_i - mean q) . k_j over all earlier keys, of
-    which the sampled ones stand for all.
+    t_ij = min(1, m w_ij) with m = min(budget, 32), where w_i is the softmax of (q_i - mean q) . k_j over all
+    earlier keys, of which the sampled ones stand for all.
     """
     asks = pairs.earlier.any(-1)[..., None]
     mean = jnp.sum(q, axis=1, keepdims=True, where=asks) / jnp.maximum(asks.sum(1, keepdims=True), 1)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hax_jax.config import ModelConfig
 from hax_jax.layers import initializers
-from hax_jax.layers.hash_loss import hash_loss, sample_pairs, soft_bits
+from hax_jax.layers.hash_loss import directions, hash_loss, sample_pairs, soft_bits
 from hax_jax.layers.key_scorer import KeyScorer, gate_loss, sample_keys
 from hax_jax.layers.linear import Linear
 from hax_jax.layers.precision import Precision
@@ -137,7 +137,13 @@ class HaxBranch(nnx.Module):
             self.scorer = KeyScorer(n, scale=scale, precision=self.precision, rngs=rngs)
         if config.hashes and not self._rule.FRESH_PROJECTION:
             draw = initializers.orthogonal if config.projection == "orthogonal" else jax.random.normal
-            self.projection = HashProjection(draw(rngs.params(), (n, config.num_hash), jnp.float32))
+            fixed = draw(rngs.params(), (n, config.num_hash), jnp.dtype(jnp.float32))
+            if config.projection == "learned":
+                # Of keys and of queries, equal at first; the last row is what each product has to exceed.
+                both = jnp.stack([jnp.pad(fixed, ((0, 1), (0, 0)))] * 2)
+                self.projection = nnx.Param(both.astype(self.precision.param))
+            else:
+                self.projection = HashProjection(fixed)
 
     @property
     def _rule(self):
@@ -235,13 +241,20 @@ class HaxBranch(nnx.Module):
         keys, queries = parts[0].astype(inner), parts[-1].astype(inner)
         return keys * n**-0.5, queries
 
-    def _codes(self, name, x, sequence, draws):
-        """The hash codes of queries or keys, and the number of codes that there are."""
+    def _to_project(self, index, x, draws):
+        """What is projected of keys (index 0) or queries (1), centred already, and the directions."""
+        if self.config.projection == "learned":
+            x = directions(x)
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=1), self.projection[index]
         projection = draws.projection if draws.projection is not None else self._fixed_projection()
+        return self._rule.hash_features(x.astype(projection.dtype)), projection
+
+    def _codes(self, name, index, x, sequence, draws):
+        """The hash codes of keys (index 0) or queries (1), and the number of codes that there are."""
         hash_of, codes_of = _HASHES[name]
-        x = self._rule.hash_features(x.astype(projection.dtype))
         if self.config.centring == "running":
             x = x - segments.running_mean(x, sequence.segment_ids)
+        x, projection = self._to_project(index, x, draws)
         code = hash_of(x, projection)
         if draws.hash_bits is not None and name == "sign_bin_lsh":
             # Keys are integers: fewer bits are larger buckets, at the same shapes.
@@ -274,8 +287,8 @@ class HaxBranch(nnx.Module):
             elif name == "dilated":
                 sources.append(Dilated(config.dilation, position))
             elif name in _HASHES:
-                (query_code, num_codes), (key_code, _) = (
-                    self._codes(name, x, sequence, draws) for x in (queries, keys)
+                (key_code, num_codes), (query_code, _) = (
+                    self._codes(name, index, x, sequence, draws) for index, x in enumerate((keys, queries))
                 )
                 query_code, key_code = to_rows(query_code), to_rows(key_code)
                 counts_and_orders = bucket_orders(
@@ -336,16 +349,20 @@ class HaxBranch(nnx.Module):
         return dataclasses.replace(result, gate_loss=loss, sampled_scores=scores, sampled_targets=targets)
 
     def _hash_loss(self, result: BranchOutput, sequence: Sequence, noise: jax.Array) -> jax.Array:
-        """The hash loss of a sample of pairs; its gradient reaches the map to keys and queries alone."""
-        pairs = sample_pairs(noise, sequence)
+        """The hash loss of a sample of pairs.
+
+        Its gradient reaches learned directions alone, and where they are fixed the map to keys and queries.
+        """
+        pairs, learned = sample_pairs(noise, sequence), self.config.projection == "learned"
         # Made anew of inputs held constant: the layers before learn from the task what to put there.
         vectors = self._keys_and_queries(pairs.take(lax.stop_gradient(result.values)))
         bits = []
-        for x, everywhere in zip(vectors, (result.keys, result.queries), strict=True):
+        for index, x in enumerate(lax.stop_gradient(vectors) if learned else vectors):
             if self.config.centring == "running":
-                everywhere = lax.stop_gradient(everywhere).astype(jnp.float32)
+                everywhere = lax.stop_gradient((result.keys, result.queries)[index])
                 x = x - pairs.take(segments.running_mean(everywhere, sequence.segment_ids))
-            bits.append(soft_bits(x, self._fixed_projection()))
+            x, projection = self._to_project(index, x, RoutingDraws())
+            bits.append(soft_bits(x if learned else directions(x), projection))
         key_bits, query_bits = bits
         keys, queries = vectors
         return hash_loss(queries, keys, query_bits, key_bits, pairs, self.config.keys_per_source)

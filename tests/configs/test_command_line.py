@@ -112,6 +112,22 @@ CASES = {
     "tables upside down": (f"{HAX} --config.data.min_n_key=17", ["data.min_n_key", "16", "got 17"]),
     "vocabulary too small": (f"{HAX} --config.data.n_value=100", ["model.vocab_size", "142", "got 100"]),
     "sequence too long": (f"{HAX} --config.data.max_n_key=2000000000", ["data.max_n_key", "tokens"]),
+    "not the original's": (
+        f"{HAX}:parity --config.model.query_key=shared",
+        ["model.query_key", "'separate'", "causal"],
+    ),
+    "hash loss in parity": (
+        f"{HAX}:parity --config.training.hash_loss_weight=1",
+        ["training.hash_loss_weight", "parity"],
+    ),
+    "hash loss without hashing": (
+        f"{HAX} --config.model.sparse_arch=sink --config.training.hash_loss_weight=1",
+        ["training.hash_loss_weight", "sign_bin_lsh"],
+    ),
+    "bits that never come": (
+        f"{HAX} --config.training.hash_bits_every=70000",
+        ["training.hash_bits_every", "model.num_hash=8", "got 70000"],
+    ),
     "data set without a folder": (DATASET, ["data.data_dir", "create_dataset"]),
     "data set not there": (f"{DATASET} --config.data.data_dir=nope", ["nope", "create_dataset"]),
     # The folder of the run.

@@ -35,8 +35,10 @@ SMALL = ModelConfig(
     precision="float64",
 )
 HAX = "sign_bin_lsh+key_selection"
+OWN = {"query_key": "shared", "unit_norm": True, "projection": "orthogonal", "centring": "running"}
 CASES = {
     "mamba2 HAX, causal": {"sparse_arch": HAX},
+    "mamba2 HAX, causal, own hashing": {"sparse_arch": HAX, "num_layers": 1, "key_size": 6, **OWN},
     "mamba2 HAX, parity": {"sparse_arch": HAX, "routing": "parity"},
     "mamba all, causal": {
         "arch": "mamba",
@@ -89,12 +91,14 @@ def model_of(case):
         for i, (name, x) in enumerate(sorted(params.items()))
     }
     length = DATA.padded_length - 1
-    draws = structure.merge(params, buffers).draw(jax.random.key(3), NUM_ITEMS, length, train=True)
+    draws = structure.merge(params, buffers).draw(
+        jax.random.key(3), NUM_ITEMS, length, train=True, hash_loss=case.endswith("own hashing")
+    )
     return objective(structure, buffers), grown, draws
 
 
 def objective(structure, buffers):
-    """params, batch, draws -> loss, (cross-entropy, gate loss, accuracies)."""
+    """params, batch, draws -> loss, (cross-entropy, gate loss, hash loss, accuracies)."""
 
     def loss(params, batch, draws):
         output = structure.merge(params, buffers)(
@@ -106,8 +110,8 @@ def objective(structure, buffers):
             train=True,
         )
         entropy = token_losses(output.logits, batch).sum() / batch.score_mask.sum()
-        parts = entropy, output.gate_loss, sequence_accuracy(output.logits, batch)
-        return entropy + output.gate_loss, parts
+        parts = entropy, output.gate_loss, output.hash_loss, sequence_accuracy(output.logits, batch)
+        return entropy + output.gate_loss + output.hash_loss, parts
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -118,9 +122,10 @@ def test_a_packed_batch_is_its_items_in_padded_rows(case):
     padded, packed = batches()
     (_, wanted), wanted_grads = run(params, padded, draws)
     (_, got), grads = run(params, packed, draws)
-    for name, a, b in zip(("loss", "gate loss", "accuracy"), got, wanted, strict=True):
+    for name, a, b in zip(("loss", "gate loss", "hash loss", "accuracy"), got, wanted, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE, err_msg=name)
     assert_same_gradients(grads, wanted_grads)
+    assert (got[2] > 0) == case.endswith("own hashing")
     assert sum(np.abs(x).max() > 0 for x in grads.values()) >= len(grads) - 1
 
 

@@ -32,6 +32,13 @@ MODELS = {
     "mamba": {"arch": "mamba", "sparse_arch": "sign_bin_lsh+key_selection"},
     "mamba2": {"arch": "mamba2", "sparse_arch": "sign_bin_lsh+key_selection"},
     "mamba2 all": {"arch": "mamba2", "sparse_arch": ALL_SOURCES, "sparse_keys": 24},
+    "mamba2 own hashing": {
+        "sparse_arch": "sign_bin_lsh+key_selection",
+        "query_key": "shared",
+        "unit_norm": True,
+        "projection": "orthogonal",
+        "centring": "running",
+    },
     "samba": {"arch": "samba", "num_layers": 2},
 }
 models = pytest.mark.parametrize("name", MODELS)
