@@ -206,14 +206,20 @@ VARIANTS = {
         **_SCHEDULE,
     ),
     "lsh_hash_loss": Variant(
-        "Hashing alone with a tenth of the hash loss: while attention is flat the loss wants buckets that "
-        "fill the window of 32 keys, as few bits would give; recall well above `lsh` from the start.",
+        "Hashing alone with a tenth of the hash loss: while attention is flat the loss wants buckets of about "
+        "four keys, fuller than 256 random ones of small tables; recall well above `lsh` from the start.",
         model=_LSH,
         training={"hash_loss_weight": 0.1},
     ),
     "lsh_hash_loss1": Variant(
         "Hashing alone with the whole hash loss: as with a tenth, sooner.",
         model=_LSH,
+        training=_LOSS,
+    ),
+    "lsh_hash_loss1_keys32": Variant(
+        "The whole hash loss that wants 32 keys in a bucket: on tables of 4 x 4, with 73 positions, all keys "
+        "fall into one bucket and attention is dense; on larger ones a window of content.",
+        model={**_LSH, "hash_loss_keys": 32},
         training=_LOSS,
     ),
     "lsh_shared_hash_loss1": Variant(
@@ -229,7 +235,7 @@ VARIANTS = {
     ),
     "lsh_unit_schedule_hash_loss1": Variant(
         "Cosines, large buckets first in a window of 32 keys, the whole hash loss: the loss then means the "
-        "32 best keys of each query; recall highest among the forms that never see more than 32.",
+        "best keys of each query; recall highest among the forms that never see more than 32.",
         model={**_LSH, "unit_norm": True},
         **_SCHEDULE_LOSS,
     ),

@@ -65,6 +65,9 @@ class ModelConfig(Checked):
     # The directions whose signs are the code's bits: fixed, independent or orthogonal to each other; or
     # learned, by the hash loss alone, with thresholds and apart for queries and keys.
     projection: str = choice("normal", ("normal", "orthogonal", "learned"))
+    # With how many keys a query should share its code, as the hash loss of training has it. The more, the
+    # fuller buckets get: with as many as half of all keys there is soon one bucket.
+    hash_loss_keys: int = integer(4, 1, MAX_LENGTH)
     # What is taken off queries and keys before they are hashed: nothing, or their mean so far.
     centring: str = choice("none", ("none", "running"))
     routing: str = choice("causal", ("causal", "parity"))

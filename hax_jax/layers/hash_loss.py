@@ -20,8 +20,6 @@ from hax_jax.ops.numerics import einsum, wide
 
 # Positions of an item whose pairs are looked at: all pairs of short items, and 8,128 of any other.
 SAMPLES = 128
-# Keys that a query wants at most: a window that shows more is room, no wish.
-_WANTED = 32
 # Soft bits are tanh(_SLOPE z), z of variance 1 for vectors without a preferred direction.
 _SLOPE = 2.0
 # The most that two soft bits can agree or disagree: saturated ones still have a finite loss.
@@ -82,8 +80,8 @@ def wanted(
 ) -> Float[Array, "m s s"]:
     """How much each query i wants to collide with each earlier key j, in [0, 1]; 0 for all other pairs.
 
-    t_ij = min(1, m w_ij) with m = min(budget, 32), where w_i is the softmax of (q_i - mean q) . k_j over all
-    earlier keys, of which the sampled ones stand for all.
+    t_ij = min(1, budget w_ij), where w_i is the softmax of (q_i - mean q) . k_j over all earlier keys, of
+    which the sampled ones stand for all.
     """
     asks = pairs.earlier.any(-1)[..., None]
     mean = jnp.sum(q, axis=1, keepdims=True, where=asks) / jnp.maximum(asks.sum(1, keepdims=True), 1)
@@ -93,7 +91,7 @@ def wanted(
     weight = jnp.exp(logits - largest)
     share = pairs.earlier.sum(-1) / jnp.maximum(pairs.num_earlier, 1)
     weight = weight * (share / jnp.maximum(weight.sum(-1), _TINY))[..., None]
-    return jnp.minimum(min(budget, _WANTED) * weight, 1.0)
+    return jnp.minimum(budget * weight, 1.0)
 
 
 @jax.named_scope("hash_loss")
@@ -115,7 +113,7 @@ def hash_loss(
         held constant.
       query_bits, key_bits: (m, s, r), their `soft_bits`, the only inputs that a gradient reaches.
       pairs: of the sampled positions.
-      budget: keys that a query sees at most.
+      budget: keys that a query wants to collide with.
 
     Returns:
       A scalar, at least float32; 0 where there are no pairs. Memory grows as m s^2.

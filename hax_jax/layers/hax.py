@@ -117,7 +117,7 @@ class HaxBranch(nnx.Module):
       width: e, the width of its inputs and outputs.
       config: only what concerns the branch is read: `key_size` or else `state_size` (n), `sparse_arch`,
         `sparse_keys`, `num_hash`, `data_max_length`, `query_key`, `unit_norm`, `projection`, `centring`,
-        `routing`, `precision`, `implementation`, `initializer_range`.
+        `hash_loss_keys`, `routing`, `precision`, `implementation`, `initializer_range`.
       rngs: `rngs.params()` gives the initial values' keys.
 
     Source: HAX (arXiv 2507.00449), section 4.
@@ -365,7 +365,8 @@ class HaxBranch(nnx.Module):
             bits.append(soft_bits(x if learned else directions(x), projection))
         key_bits, query_bits = bits
         keys, queries = vectors
-        return hash_loss(queries, keys, query_bits, key_bits, pairs, self.config.keys_per_source)
+        budget = min(self.config.hash_loss_keys, self.config.keys_per_source)
+        return hash_loss(queries, keys, query_bits, key_bits, pairs, budget)
 
     def _uniform_where_empty(self, attention, queries, keys, v, key_set, sequence):
         """Fault 3 of the original, of which the op knows only in rows of one item each."""
