@@ -206,7 +206,7 @@ VARIANTS = {
         **_SCHEDULE,
     ),
     "lsh_hash_loss": Variant(
-        "Hashing alone with a tenth of the hash loss: while attention is flat the loss wants buckets of about "
+        "Hashing alone with a tenth of the hash loss: while attention is flat it wants buckets of about "
         "four keys, fuller than 256 random ones of small tables; recall well above `lsh` from the start.",
         model=_LSH,
         training={"hash_loss_weight": 0.1},
