@@ -5,7 +5,7 @@
 A rung is the size of its tables: 4 means 4 contexts of 4 keys. Each variant of experiments/ladder_variants.py
 changes a few settings for a reason and says what it should do. The file, results/ladder/RUNG_VARIANT.json,
 holds what was predicted, the settings, and for each seed the validation accuracy and the source recall over
-the steps. --list names the variants.
+the steps, and how many keys of its bucket a query sees at the end. --list names the variants.
 
 Exit status: 0 done; 2 bad input, said in one line; 143 stopped by a signal, nothing kept.
 """
@@ -96,7 +96,8 @@ def settings(options: Any) -> Experiment:
 
 def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
     """Trains the variant in a folder that is thrown away; what is worth keeping, None if it was stopped."""
-    from hax_jax.training import environment, train
+    from experiments import explain
+    from hax_jax.training import environment, load, train
     from hax_jax.training.metrics import read_metrics
 
     experiment = settings(options)
@@ -106,6 +107,12 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
         if ended.test_accuracy is None:
             return None
         lines = [line for line in read_metrics(pathlib.Path(folder) / "run") if line["kind"] == "valid"]
+        runs = [pathlib.Path(folder) / "run" / "members" / member.name for member in experiment.members]
+        # Recall is worth little where buckets are full.
+        seen = [
+            [{name: layer[name] for name in ("seen", "empty")} for layer in explain.keys_seen(trained)]
+            for trained in (load(run, checkpoint="latest") for run in runs if experiment.model.hashes)
+        ]
         (session,) = environment.read_sessions(pathlib.Path(folder) / "run" / "run.json")
     where = {name: session.get(name) for name in ("commit", "uncommitted_changes", "device", "versions")}
     where["commit"] = where["commit"] or options.commit
@@ -117,6 +124,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
             {
                 "seed": member.seed,
                 "accuracy": round(mine[-1]["accuracy"], 5),
+                "buckets": seen[index] if seen else [],
                 "curve": {name: [round(line[name], 4) for line in mine] for name in names},
             }
         )

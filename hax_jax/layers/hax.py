@@ -141,7 +141,7 @@ class HaxBranch(nnx.Module):
             if config.projection == "learned":
                 # Of keys and of queries, equal at first; the last row is what each product has to exceed.
                 both = jnp.stack([jnp.pad(fixed, ((0, 1), (0, 0)))] * 2)
-                self.projection = nnx.Param(both.astype(self.precision.param))
+                self.projection: nnx.Variable = nnx.Param(both.astype(self.precision.param))
             else:
                 self.projection = HashProjection(fixed)
 
