@@ -17,8 +17,13 @@ from tests.training.tiny import DATA, tiny_experiment, tiny_hax_model
 
 
 def _experiment(model=None, **training):
-    experiment = tiny_experiment(warmup_steps=0, **training)
-    return dataclasses.replace(experiment, model=tiny_hax_model(precision="float32", **(model or {})))
+    # Both at once, because settings of training are checked against those of the model.
+    tiny = tiny_experiment(warmup_steps=0)
+    return dataclasses.replace(
+        tiny,
+        model=tiny_hax_model(**{"precision": "float32", **(model or {})}),
+        training=dataclasses.replace(tiny.training, **training),
+    )
 
 
 def _setup(experiment):
@@ -50,10 +55,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_takes_steps(form):
     model, training = FORMS[form]
-    experiment = tiny_experiment(warmup_steps=0, **training)
-    experiment = dataclasses.replace(
-        experiment, model=tiny_hax_model(**{"precision": "float32", **model}, num_layers=1)
-    )
+    experiment = _experiment(model, **training)
     _, update, state = _setup(experiment)
     raw = _raw(experiment.training.grad_accumulation_steps)
     before = state
