@@ -334,6 +334,14 @@ def _batch(task: DataConfig, n_context: int, n_key: int, count: int) -> Batch:
     return split.materialize(next(split.iterator(count, repeat=False)))
 
 
+def keys_seen(trained: Trained, count: int = 8) -> list[dict[str, Any]]:
+    """`buckets` of each layer that hashes, for `count` items of the largest tables."""
+    task = trained.experiment.data
+    batch = _batch(task, task.max_n_context, task.max_n_key, count)
+    output = jax.jit(lambda batch: trained.model(batch.tokens, padding_mask=batch.padding_mask))(batch)
+    return buckets(output, batch, trained.experiment.model.num_hash)
+
+
 def _masks(output: Any) -> list[list[np.ndarray]]:
     """Whole matrices (b, t, s) of what each source of each layer shows."""
     positions = jnp.arange(output.layers[0].branch.queries.shape[1])

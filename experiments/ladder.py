@@ -4,8 +4,8 @@
 
 A rung is the size of its tables: 4 means 4 contexts of 4 keys. Each variant below changes a few settings for
 a reason and says what it should do. The file, results/ladder/RUNG_VARIANT.json, holds what was predicted, the
-settings, and for each seed the validation accuracy and the source recall over the steps. --list names the
-variants.
+settings, and for each seed the validation accuracy and the source recall over the steps, and how many keys of
+its bucket a query sees at the end. --list names the variants.
 
 Exit status: 0 done; 2 bad input, said in one line; 143 stopped by a signal, nothing kept.
 """
@@ -26,7 +26,8 @@ from experiments import results
 from hax_jax.config import ConfigError, Experiment
 
 FOLDER = results.CHECKOUT / results.FOLDER / "ladder"
-_HAX = "sign_bin_lsh+key_selection"
+_HASHED = "sign_bin_lsh"
+_HAX = f"{_HASHED}+key_selection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,12 @@ VARIANTS = {
     "fast": Variant(
         "Second moment forgotten in 50 steps (adam_b2 0.98): plateaus end earlier.",
         training={"adam_b2": 0.98},
+    ),
+    # What dense attention would learn in the branch's place: hashing can hope for no more.
+    "full": Variant(
+        "Attention to all keys: solves the table, faster than the reference; what hashing then misses, it "
+        "misses because of its codes.",
+        model={"sparse_arch": "full"},
     ),
 }
 
@@ -149,7 +156,8 @@ def settings(options: Any) -> Experiment:
 
 def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
     """Trains the variant in a folder that is thrown away; what is worth keeping, None if it was stopped."""
-    from hax_jax.training import environment, train
+    from experiments import explain
+    from hax_jax.training import environment, load, train
     from hax_jax.training.metrics import read_metrics
 
     experiment = settings(options)
@@ -159,6 +167,13 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
         if ended.test_accuracy is None:
             return None
         lines = [line for line in read_metrics(pathlib.Path(folder) / "run") if line["kind"] == "valid"]
+        runs = [pathlib.Path(folder) / "run" / "members" / member.name for member in experiment.members]
+        hashes = _HASHED in experiment.model.sources
+        # Recall is worth little where buckets are full.
+        seen = [
+            [{name: layer[name] for name in ("seen", "empty")} for layer in explain.keys_seen(trained)]
+            for trained in (load(run, checkpoint="latest") for run in runs if hashes)
+        ]
         (session,) = environment.read_sessions(pathlib.Path(folder) / "run" / "run.json")
     where = {name: session.get(name) for name in ("commit", "uncommitted_changes", "device", "versions")}
     where["commit"] = where["commit"] or options.commit
@@ -170,6 +185,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
             {
                 "seed": member.seed,
                 "accuracy": round(mine[-1]["accuracy"], 5),
+                "buckets": seen[index] if seen else [],
                 "curve": {name: [round(line[name], 4) for line in mine] for name in names},
             }
         )

@@ -112,6 +112,7 @@ def ladder(root: pathlib.Path) -> str | None:
         accuracy = [100 * member["accuracy"] for member in result["members"]]
         curves = [member["curve"] for member in result["members"]]
         last = [_mean(curves, f"recall/any/{source}") for source in (_HASHED, _SELECTED)]
+        seen = [layer["seen"] for member in result["members"] for layer in member.get("buckets", [])]
         rows.append(
             [
                 f"[`{path.stem}`]({pathlib.Path('..') / path.relative_to(root)})",
@@ -119,10 +120,20 @@ def ladder(root: pathlib.Path) -> str | None:
                 len(accuracy),
                 f"{statistics.fmean(accuracy):.1f}% ({min(accuracy):.1f} to {max(accuracy):.1f})",
                 *("" if x is None else f"{100 * x:.1f}%" for x in last),
+                f"{statistics.fmean(seen):.1f}" if seen else "",
                 result["prediction"],
             ]
         )
-    names = ("experiment", "steps", "seeds", "accuracy", "recall, hashing", "recall, selection", "predicted")
+    names = (
+        "experiment",
+        "steps",
+        "seeds",
+        "accuracy",
+        "recall, hashing",
+        "recall, selection",
+        "keys in a query's bucket",
+        "predicted",
+    )
     return _table(names, rows) if rows else None
 
 

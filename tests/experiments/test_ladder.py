@@ -38,6 +38,9 @@ def test_a_run_is_kept_with_its_curves(tmp_path, monkeypatch):
     assert {"accuracy", "loss", "recall/1/sign_bin_lsh", "reach/any/any"} <= set(member["curve"])
     assert {len(values) for values in member["curve"].values()} == {2}
     assert result["config"]["model"]["sparse_keys"] == 8
+    (layer,) = member["buckets"]
+    # Half of the 8 keys are hashing's.
+    assert 0 <= layer["seen"] <= 4 and 0 <= layer["empty"] <= 1
 
 
 def test_a_run_that_was_stopped_leaves_nothing(tmp_path, monkeypatch):
