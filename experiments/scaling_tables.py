@@ -53,10 +53,12 @@ def _agreement(measured: dict[str, Any], tolerance: float) -> str:
     else:
         who = f"{measured['devices']} devices against one"
     beyond, steps = measured["first_step_beyond"], measured["steps"]
-    until = f"all {steps} losses" if beyond is None else f"the losses up to step {beyond - 1} of {steps}"
-    said = f"{until} within {tolerance:g}, largest difference {measured['before']:.1e}"
-    if beyond is not None:
-        said += f" (later {measured['loss']:.1e})"
+    if beyond == 1:
+        said = f"the losses differ by more than {tolerance:g} from step 1 on, by at most {measured['loss']:.1e}"
+    else:
+        until = f"all {steps} losses" if beyond is None else f"the losses up to step {beyond - 1} of {steps}"
+        later = "" if beyond is None else f" (later {measured['loss']:.1e})"
+        said = f"{until} within {tolerance:g}, largest difference {measured['before']:.1e}{later}"
     if beyond is not None and "moved_at" not in measured:
         said += f"; {_decision(measured['decision'])}"
     return f"- {precision}, {who}: {said}."

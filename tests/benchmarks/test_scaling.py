@@ -119,6 +119,7 @@ def test_what_several_gpus_gave_goes_into_the_readme(tmp_path):
         "sessions": [session],
         "measurements": [
             {"id": "equality/default/2", "session": 0, **compared},
+            {"id": "equality/float32/2", "session": 0, **compared, "first_step_beyond": 1, "before": 0.0},
             timed("device", 1, 64, 1e-3),
             timed("device", 2, 128, 1.25e-3),
             timed("global", 2, 64, 0.625e-3),
@@ -135,4 +136,5 @@ def test_what_several_gpus_gave_goes_into_the_readme(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| 2 | 128 | 1.25 | 47.51M | 80% |" in text and "| 2 | 64 | 0.625 | 47.51M | 80% |" in text
     assert "the losses up to step 41 of 200 within 1e-05, largest difference 4.0e-06 (later 3.0e-04)" in text
+    assert "the losses differ by more than 1e-05 from step 1 on, by at most 3.0e-04; first other" in text
     assert "first other decision: step 41, layer 1, key code at row 3, position 7" in text
