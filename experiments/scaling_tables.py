@@ -54,7 +54,9 @@ def _agreement(measured: dict[str, Any], tolerance: float) -> str:
         who = f"{measured['devices']} devices against one"
     beyond, steps = measured["first_step_beyond"], measured["steps"]
     if beyond == 1:
-        said = f"the losses differ by more than {tolerance:g} from step 1 on, by at most {measured['loss']:.1e}"
+        said = (
+            f"the losses differ by more than {tolerance:g} from step 1 on, by at most {measured['loss']:.1e}"
+        )
     else:
         until = f"all {steps} losses" if beyond is None else f"the losses up to step {beyond - 1} of {steps}"
         later = "" if beyond is None else f" (later {measured['loss']:.1e})"

@@ -100,8 +100,12 @@ def test_ladder_rows_say_what_was_predicted(tmp_path):
     folder = tmp_path / "results" / "ladder"
     folder.mkdir(parents=True)
     curve = {"accuracy": [0.1, 0.5], "recall/any/sign_bin_lsh": [0.0, 0.25]}
-    members = [{"seed": seed, "accuracy": x, "curve": curve} for seed, x in ((0, 0.5), (1, 0.7))]
+    members: list[dict] = [{"seed": s, "accuracy": x, "curve": curve} for s, x in ((0, 0.5), (1, 0.7))]
     result = {"prediction": "It works.", "step": [1, 2000], "members": members}
     (folder / "4x4_hax.json").write_text(json.dumps(result))
     text = science_tables.ladder(tmp_path)
-    assert "| 2,000 | 2 | 60.0% (50.0 to 70.0) | 25.0% |  | It works. |" in text
+    assert "| 2,000 | 2 | 60.0% (50.0 to 70.0) | 25.0% |  |  | It works. |" in text
+    for member, seen in zip(members, (2.0, 4.5), strict=True):
+        member["buckets"] = [{"seen": seen, "empty": 0.0}]
+    (folder / "4x4_hax.json").write_text(json.dumps(result))
+    assert "| 25.0% |  | 3.2 | It works. |" in science_tables.ladder(tmp_path)
