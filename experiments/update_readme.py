@@ -108,7 +108,8 @@ def section(root: pathlib.Path) -> str:
     lines += [_row(_cells(path, result)) for path, result in found]
     for group in groups:
         # Seeds of one population share all circumstances; the figure is the first one's.
-        lines += ["", *_details(*group[0], root)]
+        path, result = group[0]
+        lines += ["", *_details(path, result, root)]
     return "\n".join([*lines, ""])
 
 
