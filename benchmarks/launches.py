@@ -3,6 +3,7 @@
     python benchmarks/launches.py --config=mamba2_hax --set=data.packing=1280 --set=data.order=even
     python benchmarks/launches.py --config=mamba2_base --list=scan       # the kernels of a part, one a line
     python benchmarks/launches.py --config=mamba2_hax --hlo=step.txt     # keeps the compiled program
+    python benchmarks/launches.py --gpus=2 --set=training.batch_size=128 # one device's share on two
 
 XLA compiles for a GPU that is only described, Mosaic kernels included, where the CUDA packages of JAX are
 installed (`pip install "jax[cuda13]"`). The estimate is a sum over kernels of the larger of 1.8 us and 1.3 us
@@ -54,10 +55,11 @@ def main(argv: Sequence[str]) -> int:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting to change"
     )
     parser.add_argument("--list", metavar="PART", help="print the kernels of a part, or of 'all'")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="described GPUs; default 1")
     parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program here")
     try:
         options = parser.parse_args(argv[1:])
-        hlo = compiled_text(options.config, options.set)
+        hlo = compiled_text(options.config, options.set, options.gpus)
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -67,11 +69,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def compiled_text(config: str, changes: Sequence[str]) -> str:
-    """The program of a run's dispatch as XLA compiles it for an H200.
+def compiled_text(config: str, changes: Sequence[str], gpus: int = 1) -> str:
+    """The program of a run's dispatch as XLA compiles it for H200s; of several, what each of them runs.
 
     Raises:
-      ConfigError: an unknown config, field or value; no CUDA packages.
+      ConfigError: an unknown config, field or value; a batch that does not divide; no CUDA packages.
     """
     # The process itself runs on the CPU; the CUDA plugin is asked for a description alone.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -83,14 +85,16 @@ def compiled_text(config: str, changes: Sequence[str]) -> str:
     from hax_jax.ops import devices
 
     experiment = load(config, changes)
+    if gpus < 1 or experiment.training.batch_size % gpus:
+        size = experiment.training.batch_size
+        raise ConfigError("--gpus", f"a number that divides the batch of {size}", gpus, "choose another")
     try:
-        described = topologies.get_topology_desc("", "cuda", target_config=_TARGET, topology="1x1x1")
+        described = topologies.get_topology_desc("", "cuda", target_config=_TARGET, topology=f"1x1x{gpus}")
     except NotImplementedError as error:
         expected = "the CUDA packages of JAX"
         raise ConfigError("the environment", expected, "none", 'pip install "jax[cuda13]"') from error
-    (device,) = described.devices
-    mesh = Mesh(np.asarray([device]), (devices.BATCH_AXIS,), axis_types=(AxisType.Auto,))
-    with devices.compiling_for(device):
+    mesh = Mesh(np.asarray(described.devices), (devices.BATCH_AXIS,), axis_types=(AxisType.Auto,))
+    with devices.compiling_for(described.devices[0]):
         program = StepProgram(experiment, mesh=mesh)
         program.compile(NO_GRAPHS)
     return program.compiled.as_text()

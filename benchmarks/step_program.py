@@ -14,7 +14,14 @@ from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.dispatch import make_update, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import make_mesh, put_batch, put_replicated, replicated, split_rows
+from hax_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    put_batch,
+    put_replicated,
+    replicated,
+    split_rows,
+)
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
@@ -77,6 +84,7 @@ class StepProgram:
     def __init__(self, experiment: Experiment, steps: int | None = None, mesh: Mesh | None = None):
         begin = time.perf_counter()
         training = experiment.training
+        self._described = mesh is not None
         self.mesh = mesh or make_mesh(batch_size=training.batch_size)
         split = make_split(experiment.data, "train", self.mesh.size)
         self._accumulation = training.grad_accumulation_steps
@@ -90,7 +98,10 @@ class StepProgram:
         )
         rates = [member.training.learning_rate for member in members] or training.learning_rate
         self._rate: Any = np.asarray(rates, np.float32)
-        if mesh is None:
+        if self._described:
+            everywhere = replicated(self.mesh)
+            self._rate = jax.ShapeDtypeStruct(self._rate.shape, self._rate.dtype, sharding=everywhere)
+        else:
             self._rate = put_replicated(self.mesh, self._rate)
         self.members = max(len(members), 1)
         rows, row_length = split.row_shape(training.batch_size)
@@ -108,7 +119,7 @@ class StepProgram:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self.beginning.shapes
         )
-        lowered = self._update.lower(shapes, self.next_raws(), np.int32(self.steps), self._rate, None)
+        lowered = self._update.lower(shapes, self._first_raws(), np.int32(self.steps), self._rate, None)
         traced = time.perf_counter()
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
@@ -131,6 +142,14 @@ class StepProgram:
         raws, self._next = self.next_raws(), None
         self.state, metrics = self.compiled(self.state, raws, np.int32(self.steps), self._rate, None)
         return metrics
+
+    def _first_raws(self) -> Any:
+        """What is compiled for: raw batches, or their shapes where the devices are only described."""
+        if not self._described:
+            return self.next_raws()
+        sharding = batch_sharding(self.mesh, axis=2)
+        raws = take_raws(self._batches, self.steps, self._accumulation)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), raws)
 
     def next_raws(self) -> Any:
         """The raw batches of the next dispatch."""

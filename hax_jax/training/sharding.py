@@ -56,12 +56,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of what is split over the devices along `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+
+
 def put_batch(mesh: Mesh, raw: Any, axis: int = 0) -> Any:
     """Sends a raw batch to the devices, split along `axis`.
 
     Every process passes the same whole batch (raw batches are a few bytes an item) and keeps its own rows.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+    sharding = batch_sharding(mesh, axis)
     if jax.process_count() == 1:
         return jax.device_put(raw, sharding)
     put = lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape)  # noqa: E731
@@ -72,7 +77,7 @@ def split_rows(mesh: Mesh, materialize: Callable[[Any], Batch]) -> Callable[[Any
     """`materialize` whose packed rows are split over the devices, as padded rows are by their items."""
     if mesh.size == 1:
         return materialize
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+    sharding = batch_sharding(mesh)
 
     def split(raw):
         batch = materialize(raw)

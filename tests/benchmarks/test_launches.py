@@ -69,3 +69,5 @@ def test_kernels_are_added_up_by_part():
 def test_a_wrong_setting_is_said_in_one_line(capsys):
     assert main(["launches.py", "--config=mamba2_base", "--set=data.nothing=1"]) == 2
     assert capsys.readouterr().err.startswith("error: `--set` must be FIELD=VALUE")
+    assert main(["launches.py", "--config=mamba2_base", "--gpus=3"]) == 2
+    assert "`--gpus` must be a number that divides the batch of 64, got 3" in capsys.readouterr().err
