@@ -103,14 +103,16 @@ def section(root: pathlib.Path) -> str:
     if not found:
         return "\nNo results yet.\n"
     groups = results.by_seed(found, lambda one: one[1])
+    groups.sort(key=lambda group: -statistics.fmean(result["test"]["accuracy"] for _, result in group))
     several = [f"- {_over_seeds([result for _, result in group])}" for group in groups if len(group) > 1]
     lines = ["", *several, *([""] if several else []), _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
-    lines += [_row(_cells(path, result)) for path, result in found]
+    lines += [_row(_cells(path, result)) for group in groups for path, result in group]
+    lines += ["", "<details><summary>Settings, commands and figures of these runs</summary>"]
     for group in groups:
         # Seeds of one population share all circumstances; the figure is the first one's.
         path, result = group[0]
         lines += ["", *_details(path, result, root)]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", "</details>", ""])
 
 
 def _over_seeds(group: Sequence[dict[str, Any]]) -> str:
