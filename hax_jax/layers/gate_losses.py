@@ -58,11 +58,13 @@ def gate_losses(
       sequence: the rows.
     """
 
-    def of_branch(scorer, queries, scored, noise):
-        queries, scored, noise = lax.stop_gradient((queries, scored, noise))
-        return _gate_loss(scorer, queries, scored, noise, num_samples, rule, sequence)
+    queries, scored, noise = lax.stop_gradient((list(queries), list(scored), list(noise)))
+    items = sequence if sequence.packing is None else Sequence(sequence.packing.is_token)
+    arrays = list(zip(queries, scored, _sample(noise, num_samples, items), strict=True))
 
-    arrays = list(zip(queries, scored, noise, strict=True))
+    def of_branch(scorer, queries, scored, sampled):
+        return _gate_loss(scorer, queries, scored, sampled, rule, sequence, items)
+
     if len(arrays) == 1:
         return [of_branch(scorers[0], *arrays[0])]
     graphdef = nnx.graphdef(scorers[0])
@@ -73,13 +75,24 @@ def gate_losses(
     return [jax.tree.map(lambda x, i=index: x[i], found) for index in range(len(arrays))]
 
 
-def _gate_loss(scorer, queries, scored, noise, num_samples, rule, sequence) -> GateLoss:
+@jax.named_scope("gate_loss")
+def _sample(noise: list[jax.Array], num_samples: int, items: Sequence) -> list[jax.Array]:
+    """The sampled positions (m, k) of each branch, by one sort.
+
+    With the items outermost: of an axis of branches before them the compiler would gather all items on every
+    device to sort them there.
+    """
+    count, mask = len(noise), items.padding_mask
+    rows = jnp.stack(noise, axis=1).reshape(-1, noise[0].shape[1])
+    sampled = sample_keys(rows, num_samples, None if mask is None else jnp.repeat(mask, count, axis=0))
+    return list(jnp.moveaxis(sampled.reshape(-1, count, sampled.shape[1]), 1, 0))
+
+
+def _gate_loss(scorer, queries, scored, sampled, rule, sequence, items) -> GateLoss:
     packing = sequence.packing
     if packing is not None:
         queries = packing.to_items(queries)
-        sequence = Sequence(packing.is_token)
     with jax.named_scope("gate_loss"):
-        sampled = sample_keys(noise, num_samples, sequence.padding_mask)
         keys, summary = (
             packing.at(x, sampled)
             if packing is not None and not rule.PADS_COUNT
@@ -92,7 +105,7 @@ def _gate_loss(scorer, queries, scored, noise, num_samples, rule, sequence) -> G
         sampled,
         queries,
         keys,
-        counts=rule.counts_for_gate_loss(sequence, queries.shape[:2]),
-        segment_ids=sequence.segment_ids,
+        counts=rule.counts_for_gate_loss(items, queries.shape[:2]),
+        segment_ids=items.segment_ids,
     )
     return GateLoss(loss, scores, targets)
