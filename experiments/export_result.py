@@ -30,6 +30,7 @@ from hax_jax.models import build_model
 from hax_jax.training.environment import commit, git, read_sessions, resolved_implementation
 from hax_jax.training.files import plain, write_atomically
 from hax_jax.training.metrics import read_metrics
+from hax_jax.training.population import MEMBERS
 from hax_jax.training.restore import check_single
 from hax_jax.training.workdir import RunFolder, RunResult, read_config
 
@@ -309,7 +310,7 @@ def _versions(text: str | None) -> dict[str, str] | None:
 def _of_population(workdir: pathlib.Path) -> float | None:
     """The time of the population that a run was a member of; the member's own record ends before that."""
     together = workdir.resolve().parent
-    return wall_seconds(read_sessions(together.parent / "run.json")) if together.name == "members" else None
+    return wall_seconds(read_sessions(together.parent / "run.json")) if together.name == MEMBERS else None
 
 
 def wall_seconds(sessions: list[dict[str, Any]]) -> float | None:

@@ -159,6 +159,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
     from experiments import explain
     from hax_jax.training import environment, load, train
     from hax_jax.training.metrics import read_metrics
+    from hax_jax.training.population import MEMBERS
 
     experiment = settings(options)
     begin = time.perf_counter()
@@ -167,13 +168,10 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
         if ended.test_accuracy is None:
             return None
         lines = [line for line in read_metrics(pathlib.Path(folder) / "run") if line["kind"] == "valid"]
-        runs = [pathlib.Path(folder) / "run" / "members" / member.name for member in experiment.members]
-        hashes = _HASHED in experiment.model.sources
+        runs = [pathlib.Path(folder) / "run" / MEMBERS / member.name for member in experiment.members]
         # Recall is worth little where buckets are full.
-        seen = [
-            [{name: layer[name] for name in ("seen", "empty")} for layer in explain.keys_seen(trained)]
-            for trained in (load(run, checkpoint="latest") for run in runs if hashes)
-        ]
+        hashes = _HASHED in experiment.model.sources
+        seen = [explain.keys_seen(load(run, checkpoint="latest")) if hashes else [] for run in runs]
         (session,) = environment.read_sessions(pathlib.Path(folder) / "run" / "run.json")
     where = {name: session.get(name) for name in ("commit", "uncommitted_changes", "device", "versions")}
     where["commit"] = where["commit"] or options.commit
@@ -185,7 +183,7 @@ def measure(options: Any, command: Sequence[str]) -> dict[str, Any] | None:
             {
                 "seed": member.seed,
                 "accuracy": round(mine[-1]["accuracy"], 5),
-                "buckets": seen[index] if seen else [],
+                "buckets": [{name: layer[name] for name in ("seen", "empty")} for layer in seen[index]],
                 "curve": {name: [round(line[name], 4) for line in mine] for name in names},
             }
         )

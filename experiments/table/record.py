@@ -159,11 +159,7 @@ def _run(group: Group, index: int, given_commit: str | None) -> tuple[dict[str, 
         ended = _ended(group)[index]
         if ended["stopped"] != "finished":
             return {**begun, "stopped": ended["stopped"], "steps": ended["steps"]}, None
-    said = export_result.Given(
-        commit=given_commit if sessions and not sessions[-1].get("commit") else None,
-        # A member's own record was copied before the end of the last session.
-        wall_seconds=export_result.wall_seconds(sessions),
-    )
+    said = export_result.Given(commit=given_commit if sessions and not sessions[-1].get("commit") else None)
     result = export_result.collect(group.folder_of(index), said)
     result["curve"] = {
         kind: {name: results.thinned(column, MOST_POINTS) for name, column in columns.items()}
