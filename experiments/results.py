@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -89,6 +90,14 @@ def without_places(command: str) -> str:
     """A recorded command without the options whose value is a place on one machine, an absolute path."""
     words = shlex.split(command)
     return shlex.join(word for word in words if not os.path.isabs(word.partition("=")[2]))
+
+
+def wrapped(command: str) -> str:
+    """A shell command over several lines; one with quotes, which must not be broken, stays one line."""
+    if "'" in command or '"' in command:
+        return command
+    parts = textwrap.wrap(command, 100, break_long_words=False, break_on_hyphens=False)
+    return " \\\n        ".join(parts)
 
 
 def read(path: pathlib.Path, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from hax_jax.config import DataConfig
 FILE = "docs/science.md"
 _KEYS = (8, 16, 32, 64, 128)
 _MOST_ROWS = 12
+# The steps of the runs that are compared by routing and precision, and where they lie.
+_STEPS = 40_000
+_PRECISION_FOLDERS = (f"{results.TASK}/*.json", "table3/*/*.json")
 _HASHED, _SELECTED = "sign_bin_lsh", "key_selection"
 
 
@@ -23,6 +26,7 @@ def sections(root: pathlib.Path) -> dict[str, str]:
         "recall": _joined(map(recall_table, _runs(root))) or none,
         "explained": _joined(map(explained, _explained(root))) or none,
         "ladder": ladder(root) or none,
+        "precision": precision(root) or none,
     }
 
 
@@ -135,6 +139,30 @@ def ladder(root: pathlib.Path) -> str | None:
         "predicted",
     )
     return _table(names, rows) if rows else None
+
+
+def precision(root: pathlib.Path) -> str | None:
+    """Runs of the full model, all with one seed and `_STEPS` steps, by routing and precision."""
+    kinds = ("routing", "precision")
+    rows = []
+    paths = [path for folder in _PRECISION_FOLDERS for path in sorted((root / results.FOLDER).glob(folder))]
+    for path in paths:
+        result = json.loads(path.read_text())
+        model = result["config"]["model"]
+        whole = (model["arch"], model["sparse_arch"]) == ("mamba2", f"{_HASHED}+{_SELECTED}")
+        # A cell of a table holds its runs; elsewhere a file is a run.
+        for run in result.get("runs", [result]):
+            seed = run["seed"] if "seed" in run else result["config"]["seed"]
+            if whole and result["steps"] == _STEPS and seed == 0:
+                link = f"[`{path.stem}`]({pathlib.Path('..') / path.relative_to(root)})"
+                valid = run["curve"]["valid"]
+                early = [f"{100 * x:.1f}%" for x in results.thinned(valid["accuracy"], 5)[:-1]]
+                accuracy = f"{100 * run['test']['accuracy']:.1f}%"
+                rows.append([*(model[kind] for kind in kinds), link, *early, accuracy])
+                steps = results.thinned(valid["step"], 5)[:-1]
+    if not rows:
+        return None
+    return _table((*kinds, "run", *(f"after {step:,}" for step in steps), f"test, {_STEPS:,}"), sorted(rows))
 
 
 def _mean(curves: Iterable[dict[str, list[float]]], name: str) -> float | None:

@@ -10,7 +10,6 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -188,20 +187,12 @@ def _details(path: pathlib.Path, result: dict[str, Any], root: pathlib.Path) -> 
         *(f"{name} {versions[name]}" for name in ("jax", "python", "cuda") if name in versions),
     ]
     lines = [f"`{path.stem}`: {', '.join(circumstances)}. {result.get('note', '')}".rstrip(), ""]
-    lines += [f"    {_wrapped(result['command'])}"]
+    lines += [f"    {results.wrapped(result['command'])}"]
     figure = path.with_suffix(".svg")
     if (root / figure).exists():
         text = f"{path.stem}: validation accuracy against steps, test accuracy by table size"
         lines += ["", f"![{text}]({figure.as_posix()})"]
     return lines
-
-
-def _wrapped(command: str) -> str:
-    """A shell command over several lines; one with quotes, which must not be broken, stays one line."""
-    if "'" in command or '"' in command:
-        return command
-    parts = textwrap.wrap(command, 100, break_long_words=False, break_on_hyphens=False)
-    return " \\\n        ".join(parts)
 
 
 def _source(data: DataConfig, source: str) -> str:

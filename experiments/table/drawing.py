@@ -1,6 +1,8 @@
 """What is drawn from the files of a table's cells: the table in Markdown, and the figure of the curves."""
 
 import pathlib
+import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -78,15 +80,17 @@ def circumstances(cells: Sequence[dict[str, Any]]) -> list[str]:
     ]
     seconds = _seconds(whole)
     took = f", {duration(seconds)} in all" if seconds else ""
+    if any(_shared(cell["command"]) for cell in cells):
+        took += ", runs that shared a GPU each counted in full"
     several = any(len(cell["summary"].get("seeds", ())) > 1 for cell in cells)
     what = "Test accuracy in percent" + (", the mean and standard deviation over seeds" if several else "")
-    commands = dict.fromkeys(cell["command"] for cell in cells)
+    commands = dict.fromkeys(_command(cell["command"]) for cell in cells)
     return [
         f"{what}: {', '.join(told)}{took}. "
         "Selected keys alone: what the keys that key selection keeps would give, were they always the right "
         "ones, and all else guessed.",
         "",
-        *(f"    {command}" for command in commands),
+        *(f"    {results.wrapped(command)}" for command in commands),
     ]
 
 
@@ -205,6 +209,18 @@ def _differing(runs: Sequence[dict[str, Any]]) -> list[str]:
         if name in run["versions"]
     )
     return [*devices, *(f"commit {commit}" for commit in commits), *versions]
+
+
+def _command(command: str) -> str:
+    """The command of a table without what decides only where and when its cells are trained."""
+    free = re.compile(r"--(jobs|gpus|limit_seconds|commit|compilation_cache)=")
+    return shlex.join(word for word in shlex.split(command) if not free.match(word))
+
+
+def _shared(command: str) -> bool:
+    """Whether a table's command trains several cells on one GPU at a time."""
+    options = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+    return int(options.get("--jobs", 1)) > len(options.get("--gpus", "0").split(","))
 
 
 def _seconds(runs: Sequence[dict[str, Any]]) -> float:

@@ -96,6 +96,35 @@ def test_a_model_without_sources_is_refused(tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
+def test_runs_by_routing_and_precision_are_those_of_one_seed_and_length(tmp_path):
+    def model(routing, precision, sparse="sign_bin_lsh+key_selection"):
+        return {"arch": "mamba2", "sparse_arch": sparse, "routing": routing, "precision": precision}
+
+    def run(**own):
+        valid = {"step": [10_000, 40_000], "accuracy": [0.25, 0.5]}
+        return {"curve": {"valid": valid}, "test": {"accuracy": 0.75}, **own}
+
+    def write(path, **content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    alone, table = tmp_path / "results" / "joint_recall", tmp_path / "results" / "table3" / "parity_40000"
+    assert science_tables.precision(tmp_path) is None
+    config = {"model": model("causal", "bfloat16"), "seed": 0}
+    write(alone / "one.json", config=config, steps=40_000, **run())
+    write(alone / "longer.json", config=config, steps=80_000, **run())
+    write(alone / "other_seed.json", config={**config, "seed": 1}, steps=40_000, **run())
+    plain = {"model": model("causal", "bfloat16", "none"), "seed": 0}
+    write(alone / "plain.json", config=plain, steps=40_000, **run())
+    cell = {"model": model("parity", "bfloat16")}
+    write(table / "hax.json", config=cell, steps=40_000, runs=[run(seed=1), run(seed=0)])
+    lines = science_tables.precision(tmp_path).strip().splitlines()
+    assert lines[2:] == [
+        "| causal | bfloat16 | [`one`](../results/joint_recall/one.json) | 25.0% | 75.0% |",
+        "| parity | bfloat16 | [`hax`](../results/table3/parity_40000/hax.json) | 25.0% | 75.0% |",
+    ]
+
+
 def test_ladder_rows_say_what_was_predicted(tmp_path):
     folder = tmp_path / "results" / "ladder"
     folder.mkdir(parents=True)

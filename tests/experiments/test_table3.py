@@ -31,6 +31,15 @@ def test_the_order_has_every_row_once():
     assert sorted(drawn) == sorted(results.PAPER)
 
 
+def test_a_shown_command_leaves_out_where_and_when():
+    command = (
+        "python experiments/table3.py --mode=parity --jobs=7 --gpus=1 --commit=abc --steps=5 --config.a=1"
+    )
+    assert drawing._command(command) == "python experiments/table3.py --mode=parity --steps=5 --config.a=1"
+    assert drawing._shared(command) and drawing._shared("python t.py --jobs=2")
+    assert not any(map(drawing._shared, ("python t.py", "python t.py --jobs=2 --gpus=0,1")))
+
+
 @pytest.mark.parametrize(("rates", "seeds", "together"), [(3, 3, 16), (3, 3, 4), (2, 5, 2), (1, 1, 1)])
 def test_groups_are_grids_that_cover_each_run_once(tmp_path, rates, seeds, together):
     asked = wish(learning_rates=tuple(0.001 * (i + 1) for i in range(rates)), seeds=tuple(range(seeds)))

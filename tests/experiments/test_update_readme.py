@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments import export_result, update_readme
+from experiments import export_result, results, update_readme
 from experiments.update_readme import BEGIN, END
 from hax_jax.config import Experiment
 from tests.experiments.finished_run import experiment, make, session
@@ -121,8 +121,8 @@ def test_a_damaged_result_is_one_line(checkout, capsys):
 
 def test_long_commands_are_wrapped_and_quoted_ones_are_not():
     words = [f"--config.field{index}=value" for index in range(12)]
-    wrapped = update_readme._wrapped(" ".join(words))
+    wrapped = results.wrapped(" ".join(words))
     assert all(len(line) <= 110 for line in wrapped.splitlines())
     assert wrapped.replace("\\\n", "").split() == words
     quoted = "python x --name='" + "long " * 40 + "'"
-    assert update_readme._wrapped(quoted) == quoted
+    assert results.wrapped(quoted) == quoted
