@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+# What lies between the items is cut into segments so long: no longer than a tile of the kernels.
+EMPTY = 64
+
 
 @jax.custom_vjp
 def move(x: Array, source: Int[Array, "g p"], target: Int[Array, "g n"]) -> Array:
@@ -57,7 +60,8 @@ class Packing:
     """Where the items of packed rows lie.
 
     Attributes:
-      segment_ids: (r, l) int32, the number of the item at each position, -1 where there is none.
+      segment_ids: (r, l) int32, the number of the item at each position, negative where there is none: one
+        number for `EMPTY` positions, since what walks over segments would walk over long empty ones too.
       first: (m,) int32, the position of each item's first token, counted through all rows.
       length: (m,) int32, positions of each item.
       padded_length: positions of an item in a row of its own.
@@ -79,7 +83,7 @@ class Packing:
         item = jnp.arange(first.shape[0], dtype=jnp.int32)[:, None]
         flat = jnp.arange(rows * row_length, dtype=jnp.int32)
         inside = (flat >= first[:, None]) & (flat < (first + length)[:, None])
-        ids = jnp.where(inside, item, -1).max(axis=0).reshape(rows, row_length)
+        ids = jnp.where(inside, item, -1 - flat // EMPTY).max(axis=0).reshape(rows, row_length)
         return cls(ids, first, length, padded_length)
 
     @property

@@ -119,8 +119,14 @@ def test_dense_tiles_end_where_segments_and_rows_do():
         group = np.pad(group.reshape(-1), (0, -group.size % 64), constant_values=-(10**9)).reshape(-1, 64)
         shared = (group[:, None, :, None] == group[None, :, None, :]).any((2, 3))
         tile = np.arange(len(group))
-        np.testing.assert_array_equal(laid_out.first_key_tile, [shared[t].argmax() for t in tile])
-        np.testing.assert_array_equal(laid_out.last_query_tile, [np.flatnonzero(shared[t])[-1] for t in tile])
+        furthest = [shared[t].argmax() for t in tile], [np.flatnonzero(shared[t])[-1] for t in tile]
+        walks = laid_out.walks_of_queries, laid_out.walks_of_keys
+        for (order, found), expected in zip(walks, furthest, strict=True):
+            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(np.sort(order), tile)
+            if ids is None:
+                # Nothing but rows ends a walk: no tile walks further than one before it in the order.
+                assert (np.diff(np.abs(found - tile)[order]) <= 0).all()
 
 
 @pytest.mark.parametrize(

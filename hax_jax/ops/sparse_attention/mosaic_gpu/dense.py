@@ -36,7 +36,7 @@ def _forward(q, k, v, key_set, segment_ids, scale, dtype):
     arrays = _parts_of_features(q), _parts_of_features(k), _parts_of_values(v)
     form = _form(arrays, key_set, segment_ids, scale, q.shape, v.dtype)
     out, lse, *visited = kernels.forward(
-        form, *arrays, laid_out.rows, laid_out.columns, laid_out.first_key_tile, dtype
+        form, *arrays, laid_out.rows, laid_out.columns, *laid_out.walks_of_queries, dtype
     )
     result = _unflat(out, v.shape)
     seen = _unflat((lse > -jnp.inf).T[..., None], (*q.shape[:3], 1))
@@ -55,8 +55,8 @@ def _backward(scale, dtype, saved, d_outputs):
     delta = jnp.transpose(delta, (1, 2, 0))
     d_out = _parts_of_values(d_out.astype(v.dtype))
     arguments = (*arrays, d_out, laid_out.rows, laid_out.columns, lse, delta)
-    d_q = kernels.query_gradient(form, *arguments, laid_out.first_key_tile, by_query)
-    d_k, d_v = kernels.key_gradients(form, *arguments, laid_out.last_query_tile, by_key)
+    d_q = kernels.query_gradient(form, *arguments, *laid_out.walks_of_queries, by_query)
+    d_k, d_v = kernels.key_gradients(form, *arguments, *laid_out.walks_of_keys, by_key)
     d_q, d_k = (x[0] if x.shape[0] == 1 else x.sum(0) for x in (d_q, d_k))
     gradients = (_unflat(d, x.shape).astype(x.dtype) for d, x in ((d_q, q), (d_k, k), (d_v, v)))
     # The integers of the key set and the segment ids have no gradient.
@@ -69,14 +69,14 @@ _attend.defvjp(_forward, _backward)
 class _LaidOut(NamedTuple):
     """Integers (number, positions): position in the row, what must be equal, what the sources ask for.
 
-    The furthest tiles, (tiles,), that share a row and a segment with each: earlier ones as keys, later
-    ones as queries.
+    The walks of tiles, (tiles,) each: the order in which tiles begin theirs, and the furthest tile that
+    shares a row and a segment with each, an earlier one of keys for queries, a later one of queries for keys.
     """
 
     rows: jax.Array
     columns: jax.Array
-    first_key_tile: jax.Array
-    last_query_tile: jax.Array
+    walks_of_queries: tuple[jax.Array, jax.Array]
+    walks_of_keys: tuple[jax.Array, jax.Array]
 
 
 def _lay_out(key_set, segment_ids, shape):
@@ -98,7 +98,8 @@ def _lay_out(key_set, segment_ids, shape):
     sources = key_set.sources
     rows = stack([x for source in sources for x in source.rows()], NO_QUERY)
     columns = stack([x for source in sources for x in source.columns()], NO_KEY)
-    return _LaidOut(rows, columns, *_furthest_tiles(segment_ids, shape))
+    orders, furthest = _longest_first(shape), _furthest_tiles(segment_ids, shape)
+    return _LaidOut(rows, columns, *zip(orders, furthest, strict=True))
 
 
 def _rows_share_tiles(shape):
@@ -108,6 +109,21 @@ def _rows_share_tiles(shape):
 def _max_distance(length):
     """Tiles that a row may touch, wherever it begins."""
     return (length + bb.ROWS - 2) // bb.ROWS + 1
+
+
+def _longest_first(shape):
+    """Tiles in the order of how far they may have to walk, the furthest first: as queries, and as keys.
+
+    What rows allow is known before segments are; where a row's first segment is its longest, as packed rows
+    have it, hardly anything is lost.
+    """
+    num_positions, length = shape[0] * shape[1], shape[1]
+    tile = np.arange(-(-num_positions // bb.ROWS))
+    first = tile * bb.ROWS
+    last = np.minimum(first + bb.ROWS, num_positions) - 1
+    back = tile - first // length * length // bb.ROWS
+    ahead = ((last // length + 1) * length - 1) // bb.ROWS - tile
+    return tuple(jnp.asarray(np.argsort(-walk, kind="stable"), jnp.int32) for walk in (back, ahead))
 
 
 def _furthest_tiles(segment_ids, shape):

@@ -9,6 +9,9 @@ Arrays come as `dense.py` lays them out: inputs (parts, positions, heads, featur
 (number, positions), and for each tile the furthest tile that it has to look at. `distance` is how many tiles
 a tile of keys lies before one of queries.
 
+A program takes as long as its walk. Two of them fit on a multiprocessor, so that several hundred come in
+waves; `order` says which tile each program has, those that may walk furthest first.
+
 Wide values are cut into blocks, one a program; the score gradient is linear in the values, so every block has
 its own share of the gradients of queries and keys, to be added up.
 """
@@ -62,7 +65,7 @@ def fit(num_parts: int, features: int, width: int) -> tuple[int, int]:
     raise ValueError(f"{features} features in {num_parts} parts do not fit into shared memory")
 
 
-def forward(form: Form, q, k, v, rows, columns, first_key_tile, dtype):
+def forward(form: Form, q, k, v, rows, columns, order, first_key_tile, dtype):
     """Returns out (positions, heads, e) of `dtype`; log-sum-exps to base 2 (heads, positions); visited tiles.
 
     Visited pairs are (tiles, max_distance) int32, by tile of queries and by tile of keys; what lies beyond
@@ -71,9 +74,11 @@ def forward(form: Form, q, k, v, rows, columns, first_key_tile, dtype):
     num_parts, positions, heads, features = q.shape
     num_tiles, width = positions // bb.ROWS, form.width
 
-    def body(q_ref, k_ref, v_ref, rows_ref, columns_ref, first_ref, out_ref, lse_ref, by_query_ref,
-             by_key_ref, q_sm, k_sm, v_sm, columns_sm, out_sm, lse_sm, q_arrived, arrived):  # fmt: skip
-        head, tile, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+    def body(q_ref, k_ref, v_ref, rows_ref, columns_ref, order_ref, first_ref, out_ref, lse_ref,
+             by_query_ref, by_key_ref, q_sm, k_sm, v_sm, columns_sm, out_sm, lse_sm,
+             q_arrived, arrived):  # fmt: skip
+        head, program, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+        tile = order_ref[program]
         here, values = _tile(tile), pl.ds(block * width, width)
         count = tile + 1 - first_ref[tile]
 
@@ -148,7 +153,7 @@ def forward(form: Form, q, k, v, rows, columns, first_key_tile, dtype):
             plgpu.Barrier(num_arrivals=2 * num_parts + 1, num_barriers=form.slots),
         ],
         grid=(heads, num_tiles, v.shape[-1] // width),
-    )(q, k, v, rows, columns, first_key_tile)
+    )(q, k, v, rows, columns, order, first_key_tile)
 
 
 def _add_tile(carry, scores, tile_highest, v_sm, num_parts):
@@ -165,15 +170,16 @@ def _add_tile(carry, scores, tile_highest, v_sm, num_parts):
     return out, new_highest, total
 
 
-def query_gradient(form: Form, q, k, v, d_out, rows, columns, lse, delta, first_key_tile, visited):
+def query_gradient(form: Form, q, k, v, d_out, rows, columns, lse, delta, order, first_key_tile, visited):
     """Returns the shares of the values' blocks in the gradient of q, (blocks, positions, heads, n)."""
     num_parts, positions, heads, features = q.shape
     width, num_blocks = form.width, v.shape[-1] // form.width
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, lse_ref, delta_ref, first_ref,
-             visited_ref, d_q_ref, q_sm, k_sm, v_sm, d_out_sm, columns_sm, d_q_sm,
+    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, lse_ref, delta_ref,
+             order_ref, first_ref, visited_ref, d_q_ref, q_sm, k_sm, v_sm, d_out_sm, columns_sm, d_q_sm,
              here_arrived, arrived):  # fmt: skip
-        head, tile, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+        head, program, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+        tile = order_ref[program]
         here, values = _tile(tile), pl.ds(block * width, width)
         count = tile + 1 - first_ref[tile]
         following = functools.partial(_next_visited, visited_ref, tile, count)
@@ -229,18 +235,19 @@ def query_gradient(form: Form, q, k, v, d_out, rows, columns, lse, delta, first_
             plgpu.Barrier(num_arrivals=2 * num_parts + 1, num_barriers=form.slots),
         ],
         grid=(heads, positions // bb.ROWS, num_blocks),
-    )(q, k, v, d_out, rows, columns, lse, delta, first_key_tile, visited)
+    )(q, k, v, d_out, rows, columns, lse, delta, order, first_key_tile, visited)
 
 
-def key_gradients(form: Form, q, k, v, d_out, rows, columns, lse, delta, last_query_tile, visited):
+def key_gradients(form: Form, q, k, v, d_out, rows, columns, lse, delta, order, last_query_tile, visited):
     """Returns the shares in the gradient of k, (blocks, positions, heads, n), and the gradient of v."""
     num_parts, positions, heads, features = q.shape
     width, num_blocks = form.width, v.shape[-1] // form.width
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, lse_ref, delta_ref, last_ref,
-             visited_ref, d_k_ref, d_v_ref, q_sm, k_sm, v_sm, d_out_sm, rows_sm, lse_sm, delta_sm,
-             d_k_sm, d_v_sm, here_arrived, arrived):  # fmt: skip
-        head, tile, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+    def body(q_ref, k_ref, v_ref, d_out_ref, rows_ref, columns_ref, lse_ref, delta_ref,
+             order_ref, last_ref, visited_ref, d_k_ref, d_v_ref, q_sm, k_sm, v_sm, d_out_sm, rows_sm,
+             lse_sm, delta_sm, d_k_sm, d_v_sm, here_arrived, arrived):  # fmt: skip
+        head, program, block = (lax.axis_index(name) for name in ("head", "chunk", "block"))
+        tile = order_ref[program]
         here, values = _tile(tile), pl.ds(block * width, width)
         count = last_ref[tile] + 1 - tile
         following = functools.partial(_next_visited, visited_ref, tile, count)
@@ -311,7 +318,7 @@ def key_gradients(form: Form, q, k, v, d_out, rows, columns, lse, delta, last_qu
             plgpu.Barrier(num_arrivals=2 * num_parts + 3, num_barriers=form.slots),
         ],
         grid=(heads, positions // bb.ROWS, num_blocks),
-    )(q, k, v, d_out, rows, columns, lse, delta, last_query_tile, visited)
+    )(q, k, v, d_out, rows, columns, lse, delta, order, last_query_tile, visited)
 
 
 def _tile(index):
