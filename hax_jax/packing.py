@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# What lies between the items is cut into segments so long: no longer than a tile of the kernels.
-EMPTY = 64
+from hax_jax.ops import segments
 
 
 @jax.custom_vjp
@@ -60,8 +59,8 @@ class Packing:
     """Where the items of packed rows lie.
 
     Attributes:
-      segment_ids: (r, l) int32, the number of the item at each position, negative where there is none: one
-        number for `EMPTY` positions, since what walks over segments would walk over long empty ones too.
+      segment_ids: (r, l) int32, the number of the item at each position, negative where there is none
+        (`segments.empty`).
       first: (m,) int32, the position of each item's first token, counted through all rows.
       length: (m,) int32, positions of each item.
       padded_length: positions of an item in a row of its own.
@@ -83,7 +82,7 @@ class Packing:
         item = jnp.arange(first.shape[0], dtype=jnp.int32)[:, None]
         flat = jnp.arange(rows * row_length, dtype=jnp.int32)
         inside = (flat >= first[:, None]) & (flat < (first + length)[:, None])
-        ids = jnp.where(inside, item, -1 - flat // EMPTY).max(axis=0).reshape(rows, row_length)
+        ids = jnp.where(inside, item, segments.empty(flat)).max(axis=0).reshape(rows, row_length)
         return cls(ids, first, length, padded_length)
 
     @property

@@ -2,7 +2,8 @@
 
 Counting in pairs is quadratic, yet for rows of a few thousand one launch of it costs a tenth of the sorts and
 scans that are linear: a position is a lane, what it compares itself with is broadcast from shared memory, and
-segments bound the loop.
+segments bound the loop. Loops over long segments are what takes the time, so that they are cut into parts for
+programs of their own.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hax_jax.ops import dispatch, segments
@@ -22,11 +24,17 @@ interpret: Any = None
 MAX_LENGTH = 4096
 LANES = 128
 UNROLL = 8
+MAX_PARTS = 8
 
 
 def why_not(shape) -> str | None:
     """Why the kernel should not be used for rows (b, t), or None if it should."""
     return f"rows must be at most {MAX_LENGTH} long, got {shape[1]}" if shape[1] > MAX_LENGTH else None
+
+
+def num_parts(length: int) -> int:
+    """Parts that loops over segments of rows so long are cut into: a block each as far as there are few."""
+    return min(-(-length // LANES), MAX_PARTS)
 
 
 def check(op: str) -> None:
@@ -35,7 +43,9 @@ def check(op: str) -> None:
 
 
 def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past_only=False):
-    """Runs a loop over the positions of each position's segment.
+    """Runs loops over the positions of each position's segment, one for each part of it.
+
+    A part is a number of blocks of positions; parts follow one another in time.
 
     Args:
       step: step(other, position, values, mine, state, together) -> state, elementwise over int32 vectors of
@@ -43,30 +53,41 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
         and `mine` are those of the looking positions, `together` says which share the other's segment.
       own: integers of the looking positions, (b, t) int32 each.
       others: integers of the positions looked at, (b, t) int32 each.
-      initial: the state at the start, one int for each result.
+      initial: the state at the start of each part, for each result an int or, where parts differ,
+        (`num_parts(t)`, b, t) int32.
       segment_ids: (b, t), or None for one segment a row.
       shape: (b, t).
       past_only: whether positions after the looking one make no difference, so that they can be left out.
 
     Returns:
-      The state after all positions of the segment, (b, t) int32 each.
+      The state after each part, (parts, b, t) int32 each.
     """
+    parts = num_parts(shape[1])
     ids = segments.as_array(segment_ids, shape)
     number, bounds = segments.numbers(ids), _bounds(ids)
     own, others = _in_blocks((number, *own)), _in_blocks((number, *others))
     batch, num_own, blocks, _ = own.shape
     num_others = others.shape[1]
+    given = [_by_lane(x) for x in initial if not isinstance(x, int)]
 
-    def body(own_ref, others_ref, bounds_ref, out_ref, others_sm, arrived):
-        row, block = lax.axis_index("row"), lax.axis_index("block")
-        plgpu.copy_gmem_to_smem(others_ref.at[row], others_sm, arrived)
+    def body(own_ref, others_ref, bounds_ref, *refs):
+        *given_refs, out_ref, others_sm, arrived = refs
+        row, block, part = (lax.axis_index(name) for name in ("row", "block", "part"))
         mine = [_lanes(own_ref, (row, x, block)) for x in range(num_own)]
         lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LAYOUT)
         here = block * LANES + lane
-        state = tuple(plgpu.layout_cast(jnp.full((LANES,), x, jnp.int32), _LAYOUT) for x in initial)
+        begin = iter([_lanes(ref, (part, row, block)) for ref in given_refs])
+        state = tuple(_filled(x) if isinstance(x, int) else next(begin) for x in initial)
         first = bounds_ref[row, block, 0]
         final = block if past_only else bounds_ref[row, block, 1]
-        plgpu.barrier_wait(arrived)
+        share = lax.div(final - first + parts, jnp.int32(parts))
+        first = first + part * share
+        final = jnp.minimum(final, first + share - 1)
+
+        @pl.when(first <= final)
+        def _():
+            plgpu.copy_gmem_to_smem(others_ref.at[row], others_sm, arrived)
+            plgpu.barrier_wait(arrived)
 
         def look_at_block(other_block, state):
             def look(number, state):
@@ -81,18 +102,18 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
 
         state = lax.fori_loop(first, final + 1, look_at_block, state)
         for x, result in enumerate(state):
-            out_ref[row, x, block] = result
+            out_ref[part, row, x, block] = result
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((batch, len(initial), blocks, LANES), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((parts, batch, len(initial), blocks, LANES), jnp.int32),
         scratch_types=[plgpu.SMEM((num_others, blocks, LANES), jnp.int32), plgpu.Barrier()],
-        grid=(batch, blocks),
-        grid_names=("row", "block"),
+        grid=(batch, blocks, parts),
+        grid_names=("row", "block", "part"),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    out = kernel(own, others, bounds)
-    return tuple(out[:, x].reshape(batch, -1)[:, : shape[1]] for x in range(len(initial)))
+    out = kernel(own, others, bounds, *given)
+    return tuple(out[:, :, x].reshape(parts, batch, -1)[..., : shape[1]] for x in range(len(initial)))
 
 
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -108,7 +129,16 @@ def _bounds(ids):
 
 def _in_blocks(arrays):
     """Integers (b, t) as (b, number, blocks, lanes), the end filled up."""
-    return jnp.stack([pad_time(x, LANES, value=-1).reshape(x.shape[0], -1, LANES) for x in arrays], axis=1)
+    return jnp.stack([_by_lane(x) for x in arrays], axis=1)
+
+
+def _by_lane(x):
+    """(..., t) as (..., blocks, lanes), the end filled up."""
+    return pad_time(x, LANES, axis=-1, value=-1).reshape(*x.shape[:-1], -1, LANES)
+
+
+def _filled(value):
+    return plgpu.layout_cast(jnp.full((LANES,), value, jnp.int32), _LAYOUT)
 
 
 def _lanes(ref, index):

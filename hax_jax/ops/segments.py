@@ -1,6 +1,6 @@
 """Segments: runs of positions in a row that know nothing of each other.
 
-Packed items are segments; in causal routing the pads of a row are one more. Everything that moves along
+Packed items are segments; in causal routing pads are segments of their own. Everything that moves along
 time (convolution, state, running sums, hash orders, attention) stops at a boundary. Segment ids are any
 int32 numbers; equal neighbours belong together, and an id is not used again later in the row.
 """
@@ -14,12 +14,22 @@ from hax_jax.ops.numerics import einsum, pad_time, wide
 
 # Positions that `running_sum` adds up by one product.
 BLOCK = 64
+# Positions of a segment that holds nothing: no more than a tile of the kernels.
+EMPTY = 64
 
 
 def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
     """True at each segment's first position, except at position 0, which may continue an earlier row."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=False)
+
+
+def empty(position: Int[Array, "*t"]) -> Int[Array, "*t"]:
+    """Ids for positions that hold nothing, which nobody else uses: negative, another every `EMPTY` positions.
+
+    As one segment they would be long, and what compares the positions of a segment would do so for nothing.
+    """
+    return jnp.iinfo(jnp.int32).min + position // EMPTY
 
 
 def numbers(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -183,8 +183,12 @@ def interpreted(monkeypatch):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.timeout(600)
-def test_interpreted_kernels_equal_the_reference():
-    assert_kernels_equal_the_reference(2, 140, 4, segmented=True)
+@pytest.mark.parametrize(
+    ("length", "segmented", "parts"), [(140, True, 8), (300, False, 2)], ids=["segments", "unequal parts"]
+)
+def test_interpreted_kernels_equal_the_reference(length, segmented, parts, monkeypatch):
+    monkeypatch.setattr(pairs_mosaic_gpu, "MAX_PARTS", parts)
+    assert_kernels_equal_the_reference(2, length, 4, segmented)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -228,12 +232,12 @@ def test_interpreted_kernels_for_long_rows_equal_the_reference(
 def test_kernels_lower_for_hopper(monkeypatch):
     monkeypatch.setattr(ops.dispatch, "missing_for_mosaic_gpu", lambda: None)
     codes, scores = jnp.zeros((3, 1057), jnp.int32), jnp.zeros((3, 1057))
-    for function, arguments in (
-        (lambda x: ops.bucket_orders(x, x, implementation="mosaic_gpu"), codes),
-        (lambda x: ops.key_lifetimes(x, 32, implementation="mosaic_gpu"), scores),
+    for function, arguments, num_kernels in (
+        (lambda x: ops.bucket_orders(x, x, implementation="mosaic_gpu"), codes, 1),
+        (lambda x: ops.key_lifetimes(x, 32, implementation="mosaic_gpu"), scores, 2),
     ):
         text = jax.jit(function).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("custom_call @mosaic_gpu") == 1
+        assert text.count("custom_call @mosaic_gpu") == num_kernels
 
 
 @pytest.mark.parametrize(("length", "num_kernels"), [(16_384, 3), (1 << 20, 5)])

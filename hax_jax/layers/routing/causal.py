@@ -1,7 +1,7 @@
 """Routing that sees no future: the default.
 
-What a position's keys are depends on what came before it in its segment, and on nothing else. Pads are a
-segment of their own, so neither their number nor their place matters.
+What a position's keys are depends on what came before it in its segment, and on nothing else. Pads are
+segments of their own, so neither their number nor their place matters.
 """
 
 from typing import Any
@@ -28,13 +28,13 @@ def make_sequence(
     packing: Packing | None,
     arch: str,
 ) -> Sequence:
-    """Turns pads into one more segment, so that no op has to know of them."""
+    """Turns pads into segments of their own, so that no op has to know of them."""
     del arch
     if packing is not None:
         return Sequence(packing.is_item, packing.segment_ids, packing)
     if padding_mask is not None:
         ids = segments.as_array(segment_ids, padding_mask.shape)
-        segment_ids = jnp.where(padding_mask, ids, -1)
+        segment_ids = jnp.where(padding_mask, ids, segments.empty(jnp.arange(ids.shape[1], dtype=jnp.int32)))
     return Sequence(padding_mask, segment_ids)
 
 

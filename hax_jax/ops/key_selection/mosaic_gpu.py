@@ -1,5 +1,7 @@
 """Lifetimes by comparing pairs, in one kernel; in long rows from the best keys of each chunk's prefix."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -43,19 +45,34 @@ def _rank(scores):
 
 
 def _from_pairs(rank, num_keys, segment_ids):
+    """Counts the better keys in each part of a segment, then looks for the last in the part that has it."""
     length = rank.shape[1]
 
-    def step(other, position, values, mine, state, together):
-        better_so_far, expiry = state
+    def is_better(other, position, values, mine, together):
         # Of equal scores the earlier is better.
-        better = together & (values[0] < mine[0] + jnp.where(other < position, 1, 0))
-        better_so_far = better_so_far + jnp.where(better, 1, 0)
-        return better_so_far, jnp.where(better & (better_so_far == num_keys), other, expiry)
+        return together & (values[0] < mine[0] + jnp.where(other < position, 1, 0))
 
-    expiry = pairs_mosaic_gpu.compare_with_segment(
-        step, (rank,), (rank,), (0, length), segment_ids, rank.shape
-    )[1]
-    return jnp.maximum(expiry, jnp.arange(length, dtype=jnp.int32))
+    def count(other, position, values, mine, state, together):
+        better = is_better(other, position, values, mine, together)
+        return (state[0] + jnp.where(better, 1, 0),)
+
+    def find(other, position, values, mine, state, together):
+        found, expiry = state
+        better = is_better(other, position, values, mine, together)
+        found = found + jnp.where(better, 1, 0)
+        return found, jnp.where(better & (found == num_keys), other, expiry)
+
+    compare = functools.partial(
+        pairs_mosaic_gpu.compare_with_segment,
+        own=(rank,),
+        others=(rank,),
+        segment_ids=segment_ids,
+        shape=rank.shape,
+    )
+    (better,) = compare(count, initial=(0,))
+    before = jnp.cumsum(better, axis=0) - better
+    _, expiry = compare(find, initial=(before, length))
+    return jnp.maximum(expiry.min(0), jnp.arange(length, dtype=jnp.int32))
 
 
 def _from_chunks(rank, num_keys, segment_ids):

@@ -11,9 +11,10 @@ def bucket_orders(query_code, key_code, segment_ids, num_codes=None):
     if pairs_mosaic_gpu.why_not(query_code.shape):
         return xla.bucket_orders(query_code, key_code, segment_ids, num_codes)
     own, others = (query_code, key_code), (key_code,)
-    return pairs_mosaic_gpu.compare_with_segment(
+    parts = pairs_mosaic_gpu.compare_with_segment(
         _step, own, others, (0, 0), segment_ids, query_code.shape, past_only=True
     )
+    return tuple(x.sum(0) for x in parts)
 
 
 def _step(other, position, values, mine, state, together):

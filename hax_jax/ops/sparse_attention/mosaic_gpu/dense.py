@@ -35,8 +35,9 @@ def _forward(q, k, v, key_set, segment_ids, scale, dtype):
     laid_out = _lay_out(key_set, segment_ids, q.shape[:2])
     arrays = _parts_of_features(q), _parts_of_features(k), _parts_of_values(v)
     form = _form(arrays, key_set, segment_ids, scale, q.shape, v.dtype)
+    order, first_key_tile = laid_out.walks_of_queries
     out, lse, *visited = kernels.forward(
-        form, *arrays, laid_out.rows, laid_out.columns, *laid_out.walks_of_queries, dtype
+        form, *arrays, laid_out.rows, laid_out.columns, order, first_key_tile, dtype
     )
     result = _unflat(out, v.shape)
     seen = _unflat((lse > -jnp.inf).T[..., None], (*q.shape[:3], 1))
@@ -55,8 +56,10 @@ def _backward(scale, dtype, saved, d_outputs):
     delta = jnp.transpose(delta, (1, 2, 0))
     d_out = _parts_of_values(d_out.astype(v.dtype))
     arguments = (*arrays, d_out, laid_out.rows, laid_out.columns, lse, delta)
-    d_q = kernels.query_gradient(form, *arguments, *laid_out.walks_of_queries, by_query)
-    d_k, d_v = kernels.key_gradients(form, *arguments, *laid_out.walks_of_keys, by_key)
+    order, first_key_tile = laid_out.walks_of_queries
+    d_q = kernels.query_gradient(form, *arguments, order, first_key_tile, by_query)
+    order, last_query_tile = laid_out.walks_of_keys
+    d_k, d_v = kernels.key_gradients(form, *arguments, order, last_query_tile, by_key)
     d_q, d_k = (x[0] if x.shape[0] == 1 else x.sum(0) for x in (d_q, d_k))
     gradients = (_unflat(d, x.shape).astype(x.dtype) for d, x in ((d_q, q), (d_k, k), (d_v, v)))
     # The integers of the key set and the segment ids have no gradient.
