@@ -18,10 +18,12 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     Tiles,
     across,
     down,
+    fetch_vectors,
     load,
     load_planes,
     params,
     tile,
+    vectors,
     visible,
 )
 
@@ -46,10 +48,9 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
     shared_type = dx_type if block == tiles.heads_per_group else jnp.float32
 
     def ssd_gradients(*refs):
-        inputs, vectors, outputs, shared, (dx_sm, dS_sm, loaded) = (
-            refs[:6], refs[7:12], refs[12:18], refs[18:24], refs[24:]
+        inputs, (D_ref, *in_time, run_ref), outputs, shared, (dx_sm, dS_sm, *vectors_sm, loaded) = (
+            refs[:6], refs[6:12], refs[12:18], refs[18:24], refs[24:]
         )  # fmt: skip
-        D_ref = refs[6]
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
@@ -58,10 +59,10 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             for plane in range(planes):
                 plgpu.copy_gmem_to_smem(ref.at[(plane, *place)], sm.at[plane], loaded)
         B_sm, C_sm, x_sm, dy_sm, before_sm, after_sm = shared
-        of_chunk = [ref.at[b, c] for ref in vectors]
-        cum_ref, dt_ref, enter_ref, leave_ref, run_ref = of_chunk
+        fetch_vectors(in_time, vectors_sm, loaded, tiles, b, c, k)
+        cum_sm, dt_sm, enter_sm, leave_sm = vectors_sm
         dx_ref, dB_ref, dC_ref, *sums = outputs
-        seen = visible(run_ref, transposed=True)
+        seen = visible(run_ref.at[b, c], transposed=True)
         plgpu.barrier_wait(loaded)
 
         def scores(acc):
@@ -74,7 +75,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
 
         def one_head(head, dS):
             here, index = pl.ds(head * p, p), k * block + head
-            per_head = [ref.at[index] for ref in (cum_ref, dt_ref, leave_ref)]
+            per_head = [sm.at[head] for sm in (cum_sm, dt_sm, leave_sm)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
             dx, sums_of_head, dS = _head(S, dS, D_ref[index], here, of_head, tiles)
             dx_sm[head] = dx.astype(dx_type)
@@ -95,9 +96,9 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
                 plgpu.wgmma(dB, dS[i], C_sm.at[j])
                 plgpu.wgmma(dC, dS_sm.at[i].transpose((1, 0)), B_sm.at[j])
             for head in range(block):
-                here, index = pl.ds(head * p, p), k * block + head
-                leaving = load(dt_ref.at[index], ROW) * load(leave_ref.at[index], ROW)
-                entering = load(enter_ref.at[index], ROW)
+                here = pl.ds(head * p, p)
+                leaving = load(dt_sm.at[head], ROW) * load(leave_sm.at[head], ROW)
+                entering = load(enter_sm.at[head], ROW)
                 weighted = split(load_planes(x_sm, here) * down(leaving, (CHUNK, p)), planes)
                 reached = split(load_planes(dy_sm, here) * down(entering, (CHUNK, p)), planes)
                 for i, j in tiles.plane_pairs:
@@ -125,7 +126,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             # A tile a head: see `Tiles.length`.
             plgpu.SMEM((block, CHUNK, p), dx_type),
             tile(tiles, *SQUARE),
-            plgpu.Barrier(num_arrivals=6 * planes),
+            *vectors(tiles, 4),
+            plgpu.Barrier(num_arrivals=6 * planes + 4),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
@@ -135,22 +137,22 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
 
 def _head(S, dS, D, here, of_head, tiles):
     """dx of one head (64, p), its three sums (64,), and dS with its share."""
-    x_sm, dy_sm, B_sm, after_sm, cum_ref, dt_ref, leave_ref = of_head
+    x_sm, dy_sm, B_sm, after_sm, cum_sm, dt_sm, leave_sm = of_head
     rows, planes = (CHUNK, tiles.head_dim), tiles.planes
     x = load_planes(x_sm, here)
-    dt = down(load(dt_ref, ROW), rows)
+    dt = down(load(dt_sm, ROW), rows)
     driven = split(x * dt, planes)
 
     def products(through, from_state, from_outputs):
         for i, j in tiles.plane_pairs:
             plgpu.wgmma(through, driven[i], dy_sm.at[j, :, here].transpose((1, 0)))
             plgpu.wgmma(from_state, B_sm.at[i], after_sm.at[j, here].transpose((1, 0)))
-        exponent = across(load(cum_ref, COLUMN), SQUARE) - down(load(cum_ref, ROW), SQUARE)
+        exponent = across(load(cum_sm, COLUMN), SQUARE) - down(load(cum_sm, ROW), SQUARE)
         decay = jnp.exp2(jnp.minimum(exponent, 0.0))
         weights = split(S * decay, tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(from_outputs, weights[i], dy_sm.at[j, :, here])
-        left = down(load(leave_ref, ROW), rows) * from_state[...]
+        left = down(load(leave_sm, ROW), rows) * from_state[...]
         return left, left + from_outputs[...], dS + through[...] * decay
 
     accumulators = [plgpu.ACC(shape, jnp.float32) for shape in (SQUARE, rows, rows)]

@@ -14,11 +14,13 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     Tiles,
     across,
     down,
+    fetch_vectors,
     load,
     load_planes,
     params,
     swizzled,
     tile,
+    vectors,
     visible,
 )
 
@@ -44,7 +46,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
     def ssd_outputs(
         x_ref, B_ref, C_ref, before_ref, D_ref, cum_ref, dt_ref, enter_ref, run_ref, y_ref, *scratch
     ):
-        x_sm, B_sm, C_sm, before_sm, y_sm, loaded = scratch
+        x_sm, B_sm, C_sm, before_sm, y_sm, *vectors_sm, loaded = scratch
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
@@ -53,6 +55,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             plgpu.copy_gmem_to_smem(C_ref.at[plane, b, time, group], C_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(x_ref.at[plane, b, time, columns], x_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(before_ref.at[plane, b, c, columns], before_sm.at[plane], loaded)
+        fetch_vectors([cum_ref, dt_ref, enter_ref], vectors_sm, loaded, tiles, b, c, k)
         seen = visible(run_ref.at[b, c])
         plgpu.barrier_wait(loaded)
 
@@ -65,8 +68,8 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
 
         def one_head(head, _):
             here = pl.ds(head * p, p)
-            vectors = [ref.at[b, c, k * block + head] for ref in (cum_ref, dt_ref, enter_ref)]
-            y = _head(S, here, (x_sm, C_sm, before_sm, *vectors), tiles)
+            of_head = [sm.at[head] for sm in vectors_sm]
+            y = _head(S, here, (x_sm, C_sm, before_sm, *of_head), tiles)
             y = y + D_ref[k * block + head] * load_planes(x_sm, here)
             if by_head:
                 y_sm[head] = y
@@ -91,7 +94,8 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             tile(tiles, CHUNK, n),
             tile(tiles, width, n),
             y_tile,
-            plgpu.Barrier(num_arrivals=4 * planes),
+            *vectors(tiles, 3),
+            plgpu.Barrier(num_arrivals=4 * planes + 3),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
@@ -101,19 +105,19 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
 
 def _head(S, here, of_head, tiles):
     """y of one head (64, p)."""
-    x_sm, C_sm, before_sm, cum_ref, dt_ref, enter_ref = of_head
+    x_sm, C_sm, before_sm, cum_sm, dt_sm, enter_sm = of_head
     square, rows = (CHUNK, CHUNK), (CHUNK, tiles.head_dim)
 
     def products(from_before, within):
         for i, j in tiles.plane_pairs:
             plgpu.wgmma(from_before, C_sm.at[i], before_sm.at[j, here].transpose((1, 0)))
-        exponent = down(load(cum_ref, ROW), square) - across(load(cum_ref, COLUMN), square)
+        exponent = down(load(cum_sm, ROW), square) - across(load(cum_sm, COLUMN), square)
         # Where it is above zero S is zero.
         decay = jnp.exp2(jnp.minimum(exponent, 0.0))
-        weights = split(S * decay * across(load(dt_ref, COLUMN), square), tiles.weight_planes)
+        weights = split(S * decay * across(load(dt_sm, COLUMN), square), tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(within, weights[i], x_sm.at[j, :, here])
-        return down(load(enter_ref, ROW), rows) * from_before[...] + within[...]
+        return down(load(enter_sm, ROW), rows) * from_before[...] + within[...]
 
     accumulator = plgpu.ACC(rows, jnp.float32)
     return pl.run_scoped(products, accumulator, accumulator)

@@ -7,7 +7,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hax_jax.ops.numerics import split
-from hax_jax.ops.ssd.mosaic_gpu.tiles import CHUNK, ROW, Tiles, down, load, load_planes, params, tile
+from hax_jax.ops.ssd.mosaic_gpu.tiles import (
+    CHUNK,
+    ROW,
+    Tiles,
+    down,
+    fetch_vectors,
+    load,
+    load_planes,
+    params,
+    tile,
+    vectors,
+)
 
 # Chunks whose states one program of `carry_states` has in flight.
 _AT_ONCE = 8
@@ -23,17 +34,18 @@ def chunk_states(x, weight, B, tiles: Tiles):
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, tiles.heads * tiles.head_dim
 
-    def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, loaded):
+    def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, weight_sm, loaded):
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
         for plane in range(planes):
             plgpu.copy_gmem_to_smem(x_ref.at[plane, b, time, columns], x_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(B_ref.at[plane, b, time, group], B_sm.at[plane], loaded)
+        fetch_vectors([weight_ref], [weight_sm], loaded, tiles, b, c, k)
         plgpu.barrier_wait(loaded)
         for head in range(block):
             here = pl.ds(head * p, p)
-            w = load(weight_ref.at[b, c, k * block + head], ROW)
+            w = load(weight_sm.at[head], ROW)
             for plane, part in enumerate(split(load_planes(x_sm, here) * down(w, (CHUNK, p)), planes)):
                 weighted_sm[plane, :, here] = part
         plgpu.commit_smem()
@@ -52,7 +64,8 @@ def chunk_states(x, weight, B, tiles: Tiles):
             tile(tiles, CHUNK, width),
             tile(tiles, CHUNK, n),
             tile(tiles, CHUNK, width),
-            plgpu.Barrier(num_arrivals=2 * planes),
+            *vectors(tiles, 1),
+            plgpu.Barrier(num_arrivals=2 * planes + 1),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),

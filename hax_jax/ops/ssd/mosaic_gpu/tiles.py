@@ -6,6 +6,7 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Positions per chunk: the rows of one warpgroup's matrix product.
@@ -120,6 +121,8 @@ def _fits(x, B, width: int) -> bool:
     # B, C, x, dy, the scores' gradient, and the states on both sides; then dx as it is written.
     of_planes = CHUNK * (2 * n + 2 * width + CHUNK) + 2 * width * n
     held = 2 * planes * of_planes + CHUNK * width * x.dtype.itemsize
+    # cum, dt, enter and leave of its heads.
+    held += 4 * 4 * CHUNK * (width // x.shape[3])
     # In float32 the widest would fit, but registers would not.
     return width <= _WIDEST // (1 if planes == 1 else 2) and held <= _SHARED_BYTES
 
@@ -127,6 +130,20 @@ def _fits(x, B, width: int) -> bool:
 def tile(tiles: Tiles, rows: int, columns: int):
     """Shared memory for bfloat16 planes of a (rows, columns) matrix, laid out for the tensor cores."""
     return swizzled((tiles.planes, rows, columns), jnp.bfloat16, tiles.swizzle)
+
+
+def vectors(tiles: Tiles, count: int) -> list:
+    """Shared memory for `count` numbers of every head and position of a program.
+
+    Read head by head from global memory, each would be waited for.
+    """
+    return [plgpu.SMEM((tiles.heads, CHUNK), jnp.float32)] * count
+
+
+def fetch_vectors(refs, shared, barrier, tiles: Tiles, b, c, k) -> None:
+    """Copies a program's heads of vectors (b, c, h, 64) to shared memory, one arrival each."""
+    for ref, sm in zip(refs, shared, strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[b, c, pl.ds(k * tiles.heads, tiles.heads)], sm, barrier)
 
 
 def swizzled(shape: tuple[int, ...], dtype, swizzle: int):
