@@ -47,11 +47,13 @@ def test_zeros_give_zeros_and_results_are_rounded_once():
     assert ops.normed_running_sum(x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-# Fewer positions than stretches of time, and several in each, the last ones empty.
-@pytest.mark.parametrize("length", [5, 150])
+# Fewer positions than stretches of time, and several in each, the last ones empty; two reads of a stretch,
+# kept or made anew for every walk.
+@pytest.mark.parametrize(("length", "most_held"), [(5, 48), (150, 48), (270, 48), (270, 0)])
 @segmented
-def test_interpreted_kernel_equals_the_reference(length, segmented, monkeypatch):
+def test_interpreted_kernel_equals_the_reference(length, most_held, segmented, monkeypatch):
     mosaic_interpreter.install()
+    monkeypatch.setattr(mosaic_gpu, "MOST_HELD", most_held)
     monkeypatch.setattr(lanes_mosaic_gpu, "interpret", mosaic_interpreter.SETTINGS)
     inputs = make_inputs(2, length, 6, segmented)
     got = jax.block_until_ready(run(mosaic_gpu.normed_running_sum, inputs))

@@ -4,6 +4,8 @@ A program has a few features of a row, and a lane one of them in one stretch of 
 stretch three times: for the sum that the stretch adds, for the squares that it adds once the sum before it is
 known, and for the result. Between walks each lane adds up what the stretches before its own hand on. A
 segment begins with nothing of what was before it, not even its rounding.
+
+What takes the time is waiting for memory: short stretches are read once, all positions at a time.
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ STRETCHES = LANES // FEATURES
 # Rows up to this length: a lane's walk grows with them.
 MAX_LENGTH = 4096
 # Positions whose loads do not wait for one another.
-UNROLL = 4
+UNROLL = 8
+# Positions that a lane can keep in registers from one walk to the next.
+MOST_HELD = 48
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -85,31 +89,57 @@ class _Stretches:
     n: int
     steps: int
 
+    def read(self, number, before):
+        """Some positions from `number` on, `before` the segment of the one before.
+
+        Returns what `walk` says of each, and the segment of the last.
+        """
+        length, read = self.ids.shape[0], []
+        for offset in range(UNROLL):
+            position = self.first + (number + offset)
+            # Beyond the row's end a lane looks at the last position again, and adds nothing.
+            here = jnp.minimum(position, length - 1)
+            place = here * self.n + self.feature
+            value = lanes.gather(self.x, place).astype(jnp.float32)
+            read.append((place, position < length, value, lanes.gather(self.ids, here)))
+        found = []
+        for place, is_inside, value, segment in read:
+            found.append((place, is_inside, jnp.where(is_inside, value, 0.0), segment == before))
+            before = segment
+        return found, before
+
+    @functools.cached_property
+    def held(self):
+        """All positions, read once; of long stretches None."""
+        if self.steps > MOST_HELD:
+            return None
+        held, before = [], self._before()
+        for number in range(0, self.steps, UNROLL):
+            found, before = self.read(number, before)
+            held += found
+        return held
+
+    def _before(self):
+        return lanes.gather(self.ids, jnp.clip(self.first - 1, 0, self.ids.shape[0] - 1))
+
     def walk(self, visit, state):
         """Calls visit(place, is_inside, value, goes_on, state) -> state for each position in turn.
 
         `place` is that in x, and `goes_on` says whether the segment had begun before.
         """
-        length = self.ids.shape[0]
+        if self.held is not None:
+            for position in self.held:
+                state = visit(*position, state)
+            return state
 
         def some(number, carry):
             before, state = carry
-            read = []
-            for offset in range(UNROLL):
-                position = self.first + (number * UNROLL + offset)
-                # Beyond the row's end a lane looks at the last position again, and adds nothing.
-                here = jnp.minimum(position, length - 1)
-                place = here * self.n + self.feature
-                value = lanes.gather(self.x, place).astype(jnp.float32)
-                read.append((place, position < length, value, lanes.gather(self.ids, here)))
-            for place, is_inside, value, segment in read:
-                value = jnp.where(is_inside, value, 0.0)
-                state = visit(place, is_inside, value, segment == before, state)
-                before = segment
+            found, before = self.read(number * UNROLL, before)
+            for position in found:
+                state = visit(*position, state)
             return before, state
 
-        before = lanes.gather(self.ids, jnp.clip(self.first - 1, 0, length - 1))
-        return lax.fori_loop(0, self.steps // UNROLL, some, (before, state))[1]
+        return lax.fori_loop(0, self.steps // UNROLL, some, (self._before(), state))[1]
 
 
 def _arriving(sums_sm, goes_through_sm, sums, lane):
@@ -118,12 +148,16 @@ def _arriving(sums_sm, goes_through_sm, sums, lane):
     plgpu.commit_smem()
     stretch, feature = lane >> _SHIFT, lane & (FEATURES - 1)
 
-    def add(earlier, total):
-        there = earlier * FEATURES + feature
-        kept = jnp.where(lanes.gather(goes_through_sm, there) == 1, total, 0.0)
-        return jnp.where(earlier < stretch, kept + lanes.gather(sums_sm, there), total)
+    def add_some(number, total):
+        some = [number * UNROLL + offset for offset in range(UNROLL)]
+        there = [earlier * FEATURES + feature for earlier in some]
+        read = [[lanes.gather(sm, place) for sm in (goes_through_sm, sums_sm)] for place in there]
+        for earlier, (goes_through, added) in zip(some, read, strict=True):
+            kept = jnp.where(goes_through == 1, total, 0.0) + added
+            total = jnp.where(earlier < stretch, kept, total)
+        return total
 
-    return lax.fori_loop(0, STRETCHES, add, _zero())
+    return lax.fori_loop(0, STRETCHES // UNROLL, add_some, _zero())
 
 
 def _add_up(place, is_inside, value, goes_on, state):
