@@ -6,10 +6,11 @@
     python benchmarks/run.py curves           # the loss over 2,000 steps: default form against plain form
     python benchmarks/run.py scaling          # data-parallel training on 1, 2, 4, 8 GPUs of this machine
 
-From the repository's root, in one process on one GPU; nothing else should run there. Results go to
-results/benchmarks/SUITE.json after each measurement; those of `scaling`, which starts processes on every GPU
-that it sees, to results/scaling/DEVICE.json. --tiny measures shapes that a CPU can bear, to see
-that everything runs. `docs/performance.md` says how to read the numbers.
+From the repository's root, on one GPU; nothing else should run there. `step` with --workers has a process for
+each row, on several GPUs with --gpus. Results go to results/benchmarks/SUITE.json after each measurement;
+those of `scaling`, which starts processes on every GPU that it sees, to results/scaling/DEVICE.json. --tiny
+measures shapes that a CPU can bear, to see that everything runs. `docs/performance.md` says how to read the
+numbers.
 
 Exit status: 0 done, 2 bad input, said in one line.
 """
@@ -66,7 +67,8 @@ def _parser() -> results.Parser:
     step.add_argument("--label", default="", help="stands before every id, such as 'before'")
     step.add_argument("--breakdown", default="", metavar="NAME,...", help="compiled again without graphs")
     step.add_argument("--cache", type=pathlib.Path, help="folder of compiled programs; default none")
-    step.add_argument("--compile_only", action="store_true", help="fill the folder of compiled programs")
+    step.add_argument("--compile_only", action="store_true", help="of step: fill that folder, time nothing")
+    step.add_argument("--gpus", default="", metavar="N,...", help="of step: its processes take one each")
     scaling = parser.add_argument_group("scaling", "also --configs (one, default mamba2_hax), --steps, --set")
     scaling.add_argument("--devices", default="", metavar="N,...", help="default 1,2,4,8 as far as there are")
     scaling.add_argument("--simulated", type=int, default=0, metavar="N", help="on N simulated CPU devices")

@@ -1,28 +1,31 @@
 """The step benchmark: what an update of each row of Table 3 costs, where its time goes, against its floor."""
 
 import argparse
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import json
-import multiprocessing
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import ceilings, compile_ahead, floors, memory, parts, specs, timing, trace
+from benchmarks import ceilings, floors, memory, parts, specs, timing, trace
 from benchmarks.record import Record
-from benchmarks.step_program import NO_GRAPHS, StepProgram, load
-from hax_jax.config import ConfigError
+from benchmarks.step_children import Children, in_words
+from benchmarks.step_program import StepProgram, load
+from hax_jax.config import ConfigError, Experiment
+from hax_jax.training.compilation import Compilations
 from hax_jax.training.environment import resolved_implementation
 
+# Of the time there is, the share after which nothing is compiled any more.
+_COMPILING = 0.6
 _TRACED_STEPS = 20
+# From the ceilings, and whether there is time for another config, to their names and facts.
+_Measure = Callable[[dict[str, Any], Callable[[], bool]], Iterator[tuple[str, dict[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Options:
       breakdown: configs whose breakdown by part is made without CUDA graphs, which costs a compilation.
       seconds: after so many nothing new is begun.
       tiny: one layer and few rows, for tests.
-      cache: folder of compiled programs; with one, each config is measured in a process of its own.
+      cache: folder of compiled programs, None for none.
+      workers: processes that compile at a time, one for each config; 0 measures all in this process.
+      gpus: numbers of GPUs, dealt out to the processes in turn; none for those that this process sees.
       plan: how each is timed.
     """
 
@@ -49,65 +54,119 @@ class Options:
     seconds: float = 540.0
     tiny: bool = False
     cache: pathlib.Path | None = None
+    workers: int = 0
+    gpus: tuple[str, ...] = ()
     plan: timing.Plan = dataclasses.field(default_factory=timing.Plan)
 
 
 def main(given: argparse.Namespace, plan: timing.Plan, record: Callable[[], Record], started: float) -> None:
-    """The command `step`: checks what is asked for, compiles ahead if wanted, then measures."""
+    """The command `step`: checks what is asked for, then measures, or with --compile_only only compiles."""
     names = _words(given.configs) or specs.STEP_CONFIGS
-    breakdown = _words(given.breakdown)
+    breakdown, gpus = _words(given.breakdown), _words(given.gpus)
     if strange := [name for name in breakdown if name not in names]:
         expected = "configs that are measured"
         raise ConfigError("--breakdown", expected, ",".join(strange), "add them to --configs")
-    changes, tiny = tuple(given.set), given.tiny
-    for name in names:
-        load(name, changes, tiny)
-    if given.cache is not None:
-        compile_ahead.use_cache(given.cache)
-        # The device is shared with the processes that compile and measure.
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    if given.compile_only:
-        print(json.dumps(_compile_only(names, changes, breakdown, tiny)), flush=True)
-        return
-    ahead: dict[str, Any] = {}
-    if given.workers:
-        if given.cache is None:
-            raise ConfigError("--workers", "given with --cache=DIR", given.workers, "name a folder")
-        deadline = started + 0.6 * given.seconds
-        ahead = compile_ahead.run(names, breakdown, _child_arguments(given), given.workers, deadline)
-        # What is not in the cache now would take the time that the others need.
-        names = tuple(name for name in names if name in ahead)
+    if given.compile_only and given.cache is None:
+        raise ConfigError("--compile_only", "given with --cache=DIR", True, "name a folder")
+    # JAX numbers the kernels of a process, and the numbers are part of what a compiled program is found by:
+    # in one process, only the first config would find what another run has compiled.
+    workers = given.workers or int(given.cache is not None)
+    if gpus and not workers:
+        raise ConfigError("--gpus", "given with --workers=N", given.gpus, "say how many compile at a time")
+    if len(set(gpus)) < len(gpus):
+        raise ConfigError("--gpus", "different GPUs", given.gpus, "name each once")
     options = Options(
-        names, changes, given.label, given.steps, breakdown, given.seconds, tiny, given.cache, plan
+        names,
+        changes=tuple(given.set),
+        label=given.label,
+        steps=given.steps,
+        breakdown=breakdown,
+        seconds=given.seconds,
+        tiny=given.tiny,
+        cache=given.cache,
+        workers=workers,
+        gpus=gpus,
+        plan=plan,
     )
-    run(record(), options, ahead, time.perf_counter() - started)
+    for name in names:
+        load(name, options.changes, options.tiny)
+    if given.compile_only:
+        with _children(options) as children:
+            children.compile(names, workers, started + options.seconds)
+    else:
+        run(record, options, started)
 
 
-def run(record: Record, options: Options, ahead: dict[str, Any] | None = None, spent: float = 0.0) -> None:
-    """Measures the ceilings and each config until the time is up; `spent` seconds are gone already."""
-    record.note(seconds_before=spent, ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
-    left_out = []
-    for name in options.configs:
-        if spent + record.elapsed > options.seconds:
-            left_out.append(name)
-            continue
-        identity = "/".join(word for word in (options.label, name, *options.changes) if word)
-        facts: dict[str, Any] = {"config": name, "changes": list(options.changes), "label": options.label}
-        try:
-            limits = record.session["ceilings"]
-            if options.cache is None:
-                facts |= _measure(name, options, limits)
-            else:
-                facts |= _measure_apart(name, options, limits, options.cache)
-            if ahead and name in ahead:
-                facts["first_step"]["without_cache"] = ahead[name]
-        except Exception as error:
-            # A config that cannot run must not end the run; what it says is its result.
-            facts["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"{record.elapsed:5.0f} s  {line(record.add(identity, **facts))}", flush=True)
-    record.note(left_out=left_out)
+def run(record: Callable[[], Record], options: Options, started: float) -> None:
+    """Measures the ceilings and each config until the time is up.
+
+    Args:
+      record: makes the record, which is when this process takes hold of the device.
+      options: what is measured.
+      started: when the time began, on `time.perf_counter`.
+    """
+    was_empty = options.cache is not None and not (options.cache.exists() and any(options.cache.iterdir()))
+    left_out = list(options.configs)
+    with _compiled(options, started) as measure:
+        out, spent = record(), time.perf_counter() - started
+        # While no other process compiles or measures.
+        out.note(seconds_before=spent, ceilings=ceilings.measure(options.tiny), memory_limit=memory.limit())
+        in_time = lambda: time.perf_counter() - started <= options.seconds  # noqa: E731
+        for name, found in measure(out.session["ceilings"], in_time):
+            left_out.remove(name)
+            if was_empty and "error" not in found:
+                _note_uncached(found["first_step"])
+            identity = "/".join(word for word in (options.label, name, *options.changes) if word)
+            facts = {"config": name, "changes": list(options.changes), "label": options.label, **found}
+            print(f"{out.elapsed:5.0f} s  {line(out.add(identity, **facts))}", flush=True)
+    out.note(left_out=left_out)
     if left_out:
         print(f"left out, no time: {', '.join(left_out)}", flush=True)
+
+
+@contextlib.contextmanager
+def _compiled(options: Options, started: float) -> Iterator[_Measure]:
+    """What measures the configs; with workers, all that they run is compiled first, in their processes."""
+    if not options.workers:
+        yield functools.partial(_in_this_process, options)
+        return
+    with _children(options) as children:
+        children.compile(options.configs, options.workers, started + _COMPILING * options.seconds)
+        yield children.measure
+
+
+def _in_this_process(
+    options: Options, limits: dict[str, Any], in_time: Callable[[], bool]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compiles and measures one config after the other."""
+    for name in options.configs:
+        if not in_time():
+            return
+        try:
+            facts = prepare(options, name)(limits)
+        except Exception as error:
+            # A config that cannot run must not end the run; what it says is its result.
+            facts = {"error": in_words(error)}
+        yield name, facts
+
+
+def _children(options: Options) -> Children:
+    """The processes that compile and measure, none of which has begun."""
+    # They share the device with this one: none may take most of its memory for itself.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if options.gpus:
+        # This process measures the ceilings, on the first.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(options.gpus)
+    return Children(functools.partial(prepare, options), options.gpus)
+
+
+def _note_uncached(first: dict[str, Any]) -> None:
+    """Adds `without_cache` where no program was found in a folder that began empty.
+
+    Another config that compiles the same program may have put it there meanwhile.
+    """
+    if not first["cache_hits"]:
+        first["without_cache"] = {name: x for name, x in first.items() if not name.startswith("cache_")}
 
 
 def line(measured: dict[str, Any]) -> str:
@@ -124,28 +183,38 @@ def line(measured: dict[str, Any]) -> str:
     )
 
 
-def _measure_apart(
-    name: str, options: Options, limits: dict[str, Any], cache: pathlib.Path
-) -> dict[str, Any]:
-    """As `_measure`, in a new process.
+def prepare(options: Options, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Compiles all that the measurement of a config runs, and runs none of it.
 
-    JAX numbers the kernels of a process, and the numbers are part of what a compiled program is found by:
-    what another process compiled first is found only where it comes first.
+    Returns:
+      What measures the config when it is given the ceilings: everything that is recorded of it.
     """
-    use_cache = functools.partial(compile_ahead.use_cache, cache)
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn, use_cache) as pool:
-        return pool.submit(_measure, name, options, limits).result()
-
-
-def _measure(name: str, options: Options, limits: dict[str, Any]) -> dict[str, Any]:
-    """Everything about one config."""
+    if options.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(options.cache.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     experiment = load(name, options.changes, options.tiny)
-    caches = compile_ahead.CacheCounts()
+    compilations = Compilations()
     program = StepProgram(experiment)
     program.compile()
+    program.compile_state()
+    seen = compilations.so_far()
+    cache = {what: seen[what] for what in ("cache_hits", "cache_misses")}
+    slow = program.without_graphs() if name in options.breakdown else None
+    return lambda limits: _measure(experiment, program, slow, cache, options, limits)
+
+
+def _measure(
+    experiment: Experiment,
+    program: StepProgram,
+    slow: StepProgram | None,
+    cache: dict[str, int],
+    options: Options,
+    limits: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything about one config, from its first state on."""
     program.start()
-    first = {**program.seconds, "total": sum(program.seconds.values()), **caches.counts()}
+    first = {**program.seconds, "total": sum(program.seconds.values()), **cache}
     timed, tokens = _time(program, options)
     work = floors.step(experiment, program.positions, program.num_parameters)
     real = floors.total(floors.step(experiment, tokens, program.num_parameters))
@@ -167,9 +236,7 @@ def _measure(name: str, options: Options, limits: dict[str, Any]) -> dict[str, A
         },
         **_traces(program, parts.of_program(program.compiled.as_text())),
     }
-    if name in options.breakdown:
-        slow = StepProgram(experiment)
-        slow.compile(NO_GRAPHS)
+    if slow is not None:
         slow.start()
         facts["breakdown"] = _traces(slow, parts.of_program(slow.compiled.as_text()))["breakdown"]
         facts["breakdown"]["command_buffers"] = False
@@ -218,29 +285,6 @@ def _traces(program: StepProgram, by_instruction: dict[str, str]) -> dict[str, A
             "longest": parts.longest(events, steps),
         },
     }
-
-
-def _compile_only(
-    names: tuple[str, ...], changes: tuple[str, ...], breakdown: tuple[str, ...], tiny: bool
-) -> dict[str, dict[str, float]]:
-    """Fills the cache; seconds of each config's phases."""
-    seconds = {}
-    for name in names:
-        program = StepProgram(load(name, changes, tiny))
-        program.compile()
-        program.start()
-        seconds[name] = {**program.seconds, "total": sum(program.seconds.values())}
-        if name in breakdown:
-            program.compile(NO_GRAPHS)
-    return seconds
-
-
-def _child_arguments(given: argparse.Namespace) -> list[str]:
-    """The command of a process that compiles, but for what it compiles."""
-    script = pathlib.Path(__file__).with_name("run.py")
-    changes = [f"--set={change}" for change in given.set]
-    tiny = ["--tiny"] if given.tiny else []
-    return [sys.executable, str(script), "step", "--compile_only", f"--cache={given.cache}", *changes, *tiny]
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The compiled update of a run as the training loop builds and calls it, with each phase timed."""
 
+import copy
 import importlib
 import time
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ class StepProgram:
       positions: positions of a batch, pads included, of all members together.
       members: runs of a population, 1 without one.
       num_parameters: trained numbers of all members.
-      seconds: what each phase took: build, trace (to the compiler's input), compile, state, first_dispatch.
+      seconds: what each phase took: build, trace (to the compiler's input), compile, state (with what is
+        compiled for it, also if that was done before), first_dispatch.
     """
 
     def __init__(self, experiment: Experiment, steps: int | None = None, mesh: Mesh | None = None):
@@ -124,6 +126,19 @@ class StepProgram:
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
 
+    def compile_state(self) -> None:
+        """Compiles what makes the first state; `begin` then only runs it."""
+        begin = time.perf_counter()
+        self.beginning.compile()
+        self.seconds["state"] = time.perf_counter() - begin
+
+    def without_graphs(self) -> "StepProgram":
+        """The same update compiled without CUDA graphs, for a state of its own."""
+        other = copy.copy(self)
+        other.seconds, other.state = dict(self.seconds), None
+        other.compile(NO_GRAPHS)
+        return other
+
     def start(self) -> None:
         """Makes the first state and takes the first dispatch."""
         self.begin()
@@ -135,7 +150,7 @@ class StepProgram:
         """Makes the first state."""
         begin = time.perf_counter()
         self.state = jax.block_until_ready(self.beginning.make())
-        self.seconds["state"] = time.perf_counter() - begin
+        self.seconds["state"] = self.seconds.get("state", 0.0) + time.perf_counter() - begin
 
     def dispatch(self) -> dict[str, jax.Array]:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""

@@ -23,11 +23,13 @@ class Beginning:
       structure: the module without its arrays.
       shapes: the `TrainState` as shapes and dtypes.
       make: makes the state of a seed, by default the experiment's, on the devices, repeated on each.
+      compile: compiles what `make` runs and runs nothing, so that a later `make` has only that to do.
     """
 
     structure: ModelStructure
     shapes: TrainState
     make: Callable[..., TrainState]
+    compile: Callable[[], object]
 
 
 def prepare(
@@ -63,7 +65,13 @@ def prepare(
     # The seed is an argument, so that all members of a population begin by the same program.
     shapes = jax.eval_shape(make, np.int32(0), *given)
     compiled = jax.jit(make, out_shardings=replicated(mesh))
-    one = Beginning(structure, shapes, lambda seed=experiment.seed: compiled(np.int32(seed), *given))
+    one = Beginning(
+        structure,
+        shapes,
+        make=lambda seed=experiment.seed: compiled(np.int32(seed), *given),
+        # A jitted function finds again, when it is called, what was compiled for such arguments.
+        compile=lambda: compiled.lower(np.int32(0), *given).compile(),
+    )
     return _stacked(one, [member.seed for member in experiment.members], mesh) if experiment.members else one
 
 
@@ -78,7 +86,21 @@ def _stacked(beginning: Beginning, seeds: list[int], mesh: jax.sharding.Mesh) ->
 
     shapes = jax.eval_shape(stack, *[beginning.shapes] * len(seeds))
     compiled = jax.jit(stack, out_shardings=replicated(mesh))
-    return Beginning(beginning.structure, shapes, lambda: compiled(*map(beginning.make, seeds)))
+
+    def compile_both() -> None:
+        beginning.compile()
+        sharding = replicated(mesh)
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), beginning.shapes
+        )
+        compiled.lower(*[one] * len(seeds)).compile()
+
+    return Beginning(
+        beginning.structure,
+        shapes,
+        make=lambda: compiled(*map(beginning.make, seeds)),
+        compile=compile_both,
+    )
 
 
 def build(experiment: Experiment, seed: Any = None) -> nnx.Module:

@@ -9,10 +9,11 @@ import pytest
 from benchmarks import floors, parts, specs, timing, trace
 from benchmarks.attention_programs import DIRECTIONS
 from benchmarks.record import Record, read
-from benchmarks.step_program import load
+from benchmarks.step_program import StepProgram, load
 from benchmarks.trace import Event
 from experiments import results
 from hax_jax.config import ConfigError
+from hax_jax.training.compilation import Compilations
 
 CEILINGS = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e12}
 
@@ -184,3 +185,13 @@ def test_a_bad_change_of_a_setting_is_refused(change):
 def test_every_row_of_table_3_is_measured_once():
     assert sorted(specs.STEP_CONFIGS) == sorted(results.PAPER)
     assert len(DIRECTIONS) == 2
+
+
+def test_the_state_of_a_population_is_compiled_before_it_is_made():
+    program = StepProgram(load("mamba_base", ("training.population_seeds=0,1",), tiny=True))
+    compilations = Compilations()
+    program.compile_state()
+    compiling = compilations.so_far()["compiling_seconds"]
+    program.begin()
+    assert compilations.so_far()["compiling_seconds"] == compiling > 0
+    assert program.members == 2 and program.state.step.shape == (2,)

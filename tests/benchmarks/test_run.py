@@ -1,19 +1,17 @@
 """The command line, each suite once on small shapes, and inputs that are what they are called."""
 
-import subprocess
-import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, attention_inputs, curves, specs
+from benchmarks import attention, attention_inputs, curves, specs, step, timing
 from benchmarks import run as command
 from benchmarks.attention_programs import AUTO, visible_keys
-from benchmarks.record import read
+from benchmarks.record import Record, read
 from experiments import plot_benchmarks, update_readme
 from experiments.benchmark_tables import Measured
-from experiments.results import CHECKOUT
 
 SHAPE = specs.TINY_LONG[-1]
 
@@ -81,33 +79,65 @@ def test_ratios_stay_within_a_session(measured):
     assert found.ratio(*same) is None
 
 
-def test_a_step_is_measured_and_taken_apart(tmp_path):
-    path = tmp_path / "step.json"
-    changes = ["--set=model.sparse_keys=8", "--label=before", "--steps=2"]
-    ahead = ["--workers=1", f"--cache={tmp_path / 'compiled'}"]
-    # In a process of its own, since the folder of compiled programs is a setting of the whole process.
-    command = [
-        "benchmarks/run.py",
-        "step",
-        "--tiny",
-        "--configs=mamba2_lsh",
-        f"--out={path}",
-        *changes,
-        *ahead,
-    ]
-    done = subprocess.run([sys.executable, *command], cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def shared_device(monkeypatch):
+    """The step benchmark sets this variable for processes that share a device; it must not stay."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("shared_device")
+def test_steps_are_measured_and_taken_apart_in_a_process_each(tmp_path, capsys):
+    path, cache = tmp_path / "step.json", tmp_path / "compiled"
+    options = ["--tiny", "--steps=2", f"--out={path}", f"--cache={cache}", "--set=model.sparse_keys=8"]
+    configs = ["--configs=mamba2_lsh,mamba_base", "--breakdown=mamba2_lsh", "--workers=2", "--label=cold"]
+    assert run("step", *options, *configs) == 0
+    assert run("step", *options, "--configs=mamba2_lsh", "--add") == 0
     content = read(path, "step")
-    (one,) = content["measurements"]
-    assert "error" not in one, one
-    assert one["id"] == "before/mamba2_lsh/model.sparse_keys=8"
-    assert one["tokens"] == one["positions"] == 2 * 43
-    assert one["tokens_per_s"] == pytest.approx(one["tokens"] / one["time"]["seconds"], rel=1e-3)
-    assert {"scan", "attention", "hashing", "optimizer", "data"} <= set(one["breakdown"]["parts"])
-    first = one["first_step"]
-    assert first["total"] > first["compile"] > 0 and first["without_cache"]["compile"] > first["compile"]
-    assert first["cache_hits"] > 0 and first["cache_misses"] == 0
-    assert one["floor"]["total"]["seconds"] >= one["floor"]["without_pads"]["seconds"] > 0
+    ids = ["cold/mamba2_lsh", "cold/mamba_base", "mamba2_lsh"]
+    assert [m["id"] for m in content["measurements"]] == [f"{name}/model.sparse_keys=8" for name in ids]
+    assert not any("error" in m for m in content["measurements"]), content["measurements"]
+    assert not any(session["left_out"] for session in content["sessions"])
+    cold, other, warm = content["measurements"]
+    for one in cold, other, warm:
+        assert one["tokens"] == one["positions"] == 2 * 43
+        assert one["tokens_per_s"] == pytest.approx(one["tokens"] / one["time"]["seconds"], rel=1e-3)
+        assert one["floor"]["total"]["seconds"] >= one["floor"]["without_pads"]["seconds"] > 0
+        phases = [
+            one["first_step"][phase] for phase in ("build", "trace", "compile", "state", "first_dispatch")
+        ]
+        assert one["first_step"]["total"] == pytest.approx(sum(phases), rel=1e-3) and min(phases) > 0
+    assert {"scan", "attention", "hashing", "optimizer", "data"} <= set(cold["breakdown"]["parts"])
+    assert [one["breakdown"]["command_buffers"] for one in (cold, other, warm)] == [False, True, True]
+    assert cold["first_step"]["cache_hits"] == 0 < cold["first_step"]["cache_misses"]
+    assert cold["first_step"]["without_cache"]["total"] == cold["first_step"]["total"]
+    assert warm["first_step"]["cache_hits"] > 0 == warm["first_step"]["cache_misses"]
+    assert warm["first_step"]["compile"] < cold["first_step"]["compile"]
+    assert "without_cache" not in warm["first_step"]
+    assert "compiled mamba_base in " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("shared_device")
+def test_a_config_that_fails_does_not_end_the_others(tmp_path):
+    path = tmp_path / "step.json"
+    plan = timing.Plan(samples=2, sample_seconds=0.0, seconds=0.1)
+    # The command refuses such a name before it begins.
+    options = step.Options(("nothing", "mamba_base"), steps=2, tiny=True, workers=2, plan=plan)
+    step.run(lambda: Record(path, "step"), options, time.perf_counter())
+    failed, measured = read(path, "step")["measurements"]
+    assert failed["id"] == "nothing" and failed["error"].startswith("ConfigError: `--configs` must be")
+    assert measured["id"] == "mamba_base" and measured["time"]["seconds"] > 0
+    assert "without_cache" not in measured["first_step"]
+
+
+@pytest.mark.usefixtures("shared_device")
+def test_configs_for_which_there_is_no_time_are_named(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    arguments = ["--tiny", "--workers=2", "--configs=mamba2_lsh,mamba_base", f"--out={path}", "--seconds=0"]
+    assert run("step", *arguments) == 0
+    content = read(path, "step")
+    assert content["sessions"][0]["left_out"] == ["mamba2_lsh", "mamba_base"] and not content["measurements"]
+    assert "left out, no time: mamba2_lsh, mamba_base" in capsys.readouterr().out
 
 
 def test_scans_are_measured_and_absent_peers_named(tmp_path, capsys):
@@ -122,7 +152,15 @@ def test_scans_are_measured_and_absent_peers_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("attentions",), ("step", "--configs=nothing"), ("step", "--set=a"), ("attention", "--seconds=soon")],
+    [
+        ("attentions",),
+        ("step", "--configs=nothing"),
+        ("step", "--set=a"),
+        ("step", "--gpus=0,1"),
+        ("step", "--gpus=0,0", "--workers=2"),
+        ("step", "--compile_only"),
+        ("attention", "--seconds=soon"),
+    ],
 )
 def test_a_bad_command_is_one_line(arguments, capsys, tmp_path):
     out = () if arguments[0] == "attentions" else (f"--out={tmp_path / 'x.json'}",)
