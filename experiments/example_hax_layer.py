@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.config import ConfigError, DataConfig, Experiment, ModelConfig, TrainingConfig
 from hax_jax.layers import HaxBranch, Sequence
+from hax_jax.ops import segments
 from hax_jax.training import TrainingError, train
 
 VOCAB_SIZE = 32
@@ -116,7 +117,8 @@ class RecurrentModel(nnx.Module):
         key: jax.Array | None = None,
         train: bool = False,
     ) -> Output:
-        segment_ids = None if padding_mask is None else jnp.where(padding_mask, 0, -1)
+        ids = jnp.zeros(tokens.shape, jnp.int32)
+        segment_ids = None if padding_mask is None else segments.apart(padding_mask, ids)
         sequence = Sequence(padding_mask, segment_ids)
         x = self.embedding(tokens)
         gate_loss = jnp.zeros(())

@@ -62,8 +62,8 @@ class WindowAttention(nnx.Module):
         heads = self.config.attention_heads
         ids = sequence.segment_ids
         if sequence.padding_mask is not None:
-            # Pads are no keys: they stand in a segment of their own.
-            ids = jnp.where(sequence.padding_mask, segments.as_array(ids, (batch, length)), -1)
+            # Pads are no keys: they stand in segments of their own.
+            ids = segments.apart(sequence.padding_mask, segments.as_array(ids, (batch, length)))
         position = segments.positions(segments.as_array(ids, (batch, length)))
 
         def split_heads(y):

@@ -6,7 +6,7 @@ segments bound the loop. Loops over long segments are what takes the time, so th
 programs of their own.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +32,55 @@ def why_not(shape) -> str | None:
     return f"rows must be at most {MAX_LENGTH} long, got {shape[1]}" if shape[1] > MAX_LENGTH else None
 
 
-def num_parts(length: int) -> int:
-    """Parts that loops over segments of rows so long are cut into: a block each as far as there are few."""
-    return min(-(-length // LANES), MAX_PARTS)
-
-
 def check(op: str) -> None:
     """Raises ValueError where the kernel cannot run."""
     dispatch.check_mosaic_gpu(op, None, interpreted=interpret is not None)
 
 
-def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past_only=False):
-    """Runs loops over the positions of each position's segment, one for each part of it.
+class Parts(NamedTuple):
+    """How the loops of a block of looking positions over its segments are cut.
 
-    A part is a number of blocks of positions; parts follow one another in time.
+    Attributes:
+      number: (b, t) int32, the number of each position's segment.
+      bounds: (parts, b, blocks, 2) int32, the first and the last block of positions that each part of a
+        block's loop looks at; parts follow one another in time, and of an empty one the last is before the
+        first.
+    """
+
+    number: jax.Array
+    bounds: jax.Array
+
+    def only(self, wanted) -> "Parts":
+        """The same where `wanted` (parts, b, t) is true for any of a block's positions, nothing elsewhere."""
+        wanted = _by_lane(wanted, False).any(-1)
+        first, last = self.bounds[..., 0], self.bounds[..., 1]
+        return self._replace(bounds=jnp.stack([first, jnp.where(wanted, last, first - 1)], axis=-1))
+
+
+def cut(segment_ids, shape, *, past_only=False) -> Parts:
+    """Cuts the loops over segments of rows (b, t) into parts of nearly as many blocks.
+
+    Args:
+      segment_ids: (b, t), or None for one segment a row.
+      shape: (b, t).
+      past_only: whether positions after the looking one make no difference, so that they can be left out.
+    """
+    ids = segments.as_array(segment_ids, shape)
+    blocks = -(-shape[1] // LANES)
+    last = jnp.minimum(jnp.arange(1, blocks + 1) * LANES, shape[1]) - 1
+    first_block = segments.begins(ids)[:, ::LANES] // LANES
+    last_block = jnp.broadcast_to(jnp.arange(blocks), first_block.shape)
+    if not past_only:
+        last_block = (segments.ends(ids)[:, last] - 1) // LANES
+    parts = min(blocks, MAX_PARTS)
+    share = (last_block - first_block + parts) // parts
+    first = first_block + jnp.arange(parts)[:, None, None] * share
+    bounds = jnp.stack([first, jnp.minimum(last_block, first + share - 1)], axis=-1)
+    return Parts(segments.numbers(ids), bounds.astype(jnp.int32))
+
+
+def compare(step, own, others, initial, parts: Parts):
+    """Runs loops over the positions of each position's segment, one for each part of it.
 
     Args:
       step: step(other, position, values, mine, state, together) -> state, elementwise over int32 vectors of
@@ -54,21 +89,18 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
       own: integers of the looking positions, (b, t) int32 each.
       others: integers of the positions looked at, (b, t) int32 each.
       initial: the state at the start of each part, for each result an int or, where parts differ,
-        (`num_parts(t)`, b, t) int32.
-      segment_ids: (b, t), or None for one segment a row.
-      shape: (b, t).
-      past_only: whether positions after the looking one make no difference, so that they can be left out.
+        (parts, b, t) int32.
+      parts: of the loops.
 
     Returns:
       The state after each part, (parts, b, t) int32 each.
     """
-    parts = num_parts(shape[1])
-    ids = segments.as_array(segment_ids, shape)
-    number, bounds = segments.numbers(ids), _bounds(ids)
-    own, others = _in_blocks((number, *own)), _in_blocks((number, *others))
-    batch, num_own, blocks, _ = own.shape
-    num_others = others.shape[1]
+    own, others = _in_blocks((parts.number, *own)), _in_blocks((parts.number, *others))
+    (batch, num_own, blocks, _), num_others = own.shape, others.shape[1]
+    num_parts, length = parts.bounds.shape[0], parts.number.shape[1]
     given = [_by_lane(x) for x in initial if not isinstance(x, int)]
+    # The most blocks of a part.
+    most = -(-blocks // num_parts)
 
     def body(own_ref, others_ref, bounds_ref, *refs):
         *given_refs, out_ref, others_sm, arrived = refs
@@ -78,53 +110,43 @@ def compare_with_segment(step, own, others, initial, segment_ids, shape, *, past
         here = block * LANES + lane
         begin = iter([_lanes(ref, (part, row, block)) for ref in given_refs])
         state = tuple(_filled(x) if isinstance(x, int) else next(begin) for x in initial)
-        first = bounds_ref[row, block, 0]
-        final = block if past_only else bounds_ref[row, block, 1]
-        share = lax.div(final - first + parts, jnp.int32(parts))
-        first = first + part * share
-        final = jnp.minimum(final, first + share - 1)
+        first, last = bounds_ref[part, row, block, 0], bounds_ref[part, row, block, 1]
+        # So that what is copied ends with the row at the latest.
+        base = jnp.clip(first, 0, blocks - most)
 
-        @pl.when(first <= final)
+        @pl.when(first <= last)
         def _():
-            plgpu.copy_gmem_to_smem(others_ref.at[row], others_sm, arrived)
+            plgpu.copy_gmem_to_smem(others_ref.at[row, :, pl.ds(base, most)], others_sm, arrived)
             plgpu.barrier_wait(arrived)
 
         def look_at_block(other_block, state):
             def look(number, state):
                 for offset in range(UNROLL):
                     other = number * UNROLL + offset
-                    values = [others_sm[x, other_block, other] for x in range(num_others)]
+                    values = [others_sm[x, other_block - base, other] for x in range(num_others)]
                     together = mine[0] == values[0]
                     state = step(other_block * LANES + other, here, values[1:], mine[1:], state, together)
                 return state
 
             return lax.fori_loop(0, LANES // UNROLL, look, state)
 
-        state = lax.fori_loop(first, final + 1, look_at_block, state)
+        state = lax.fori_loop(first, last + 1, look_at_block, state)
         for x, result in enumerate(state):
             out_ref[part, row, x, block] = result
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((parts, batch, len(initial), blocks, LANES), jnp.int32),
-        scratch_types=[plgpu.SMEM((num_others, blocks, LANES), jnp.int32), plgpu.Barrier()],
-        grid=(batch, blocks, parts),
+        out_type=jax.ShapeDtypeStruct((num_parts, batch, len(initial), blocks, LANES), jnp.int32),
+        scratch_types=[plgpu.SMEM((num_others, most, LANES), jnp.int32), plgpu.Barrier()],
+        grid=(batch, blocks, num_parts),
         grid_names=("row", "block", "part"),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    out = kernel(own, others, bounds, *given)
-    return tuple(out[:, :, x].reshape(parts, batch, -1)[..., : shape[1]] for x in range(len(initial)))
+    out = kernel(own, others, parts.bounds, *given)
+    return tuple(out[:, :, x].reshape(num_parts, batch, -1)[..., :length] for x in range(len(initial)))
 
 
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-
-
-def _bounds(ids):
-    """(b, blocks, 2): the first and the last of the blocks that hold the segments of a block's positions."""
-    length = ids.shape[1]
-    last = jnp.minimum(jnp.arange(1, -(-length // LANES) + 1) * LANES, length) - 1
-    first_block = segments.begins(ids)[:, ::LANES] // LANES
-    return jnp.stack([first_block, (segments.ends(ids)[:, last] - 1) // LANES], axis=2)
 
 
 def _in_blocks(arrays):
@@ -132,9 +154,9 @@ def _in_blocks(arrays):
     return jnp.stack([_by_lane(x) for x in arrays], axis=1)
 
 
-def _by_lane(x):
+def _by_lane(x, value=-1):
     """(..., t) as (..., blocks, lanes), the end filled up."""
-    return pad_time(x, LANES, axis=-1, value=-1).reshape(*x.shape[:-1], -1, LANES)
+    return pad_time(x, LANES, axis=-1, value=value).reshape(*x.shape[:-1], -1, LANES)
 
 
 def _filled(value):

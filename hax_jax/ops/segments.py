@@ -2,7 +2,8 @@
 
 Packed items are segments; in causal routing pads are segments of their own. Everything that moves along
 time (convolution, state, running sums, hash orders, attention) stops at a boundary. Segment ids are any
-int32 numbers; equal neighbours belong together, and an id is not used again later in the row.
+int32 numbers but the least (`empty`); equal neighbours belong together, and an id is not used again later in
+the row.
 """
 
 import jax
@@ -25,11 +26,17 @@ def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
 
 
 def empty(position: Int[Array, "*t"]) -> Int[Array, "*t"]:
-    """Ids for positions that hold nothing, which nobody else uses: negative, another every `EMPTY` positions.
+    """Ids for positions that hold nothing: the least int32 numbers, another every `EMPTY` positions.
 
-    As one segment they would be long, and what compares the positions of a segment would do so for nothing.
+    Nothing else may have these ids. As one segment such positions would be long, and what compares the
+    positions of a segment would do so for nothing.
     """
     return jnp.iinfo(jnp.int32).min + position // EMPTY
+
+
+def apart(is_real: Bool[Array, "b t"], segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The ids, with pads in segments of their own (`empty`)."""
+    return jnp.where(is_real, segment_ids, empty(_index(segment_ids)))
 
 
 def numbers(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

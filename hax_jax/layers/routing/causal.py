@@ -7,7 +7,6 @@ segments of their own, so neither their number nor their place matters.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hax_jax.layers.sequence import Sequence
@@ -34,7 +33,7 @@ def make_sequence(
         return Sequence(packing.is_item, packing.segment_ids, packing)
     if padding_mask is not None:
         ids = segments.as_array(segment_ids, padding_mask.shape)
-        segment_ids = jnp.where(padding_mask, ids, segments.empty(jnp.arange(ids.shape[1], dtype=jnp.int32)))
+        segment_ids = segments.apart(padding_mask, ids)
     return Sequence(padding_mask, segment_ids)
 
 

@@ -1,6 +1,4 @@
-"""Lifetimes by comparing pairs, in one kernel; in long rows from the best keys of each chunk's prefix."""
-
-import functools
+"""Lifetimes by comparing pairs, in two kernels; in long rows from the best keys of each chunk's prefix."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -45,7 +43,7 @@ def _rank(scores):
 
 
 def _from_pairs(rank, num_keys, segment_ids):
-    """Counts the better keys in each part of a segment, then looks for the last in the part that has it."""
+    """Counts the better keys in each part of a segment, then looks for the last where it may be."""
     length = rank.shape[1]
 
     def is_better(other, position, values, mine, together):
@@ -62,16 +60,11 @@ def _from_pairs(rank, num_keys, segment_ids):
         found = found + jnp.where(better, 1, 0)
         return found, jnp.where(better & (found == num_keys), other, expiry)
 
-    compare = functools.partial(
-        pairs_mosaic_gpu.compare_with_segment,
-        own=(rank,),
-        others=(rank,),
-        segment_ids=segment_ids,
-        shape=rank.shape,
-    )
-    (better,) = compare(count, initial=(0,))
-    before = jnp.cumsum(better, axis=0) - better
-    _, expiry = compare(find, initial=(before, length))
+    parts = pairs_mosaic_gpu.cut(segment_ids, rank.shape)
+    (better,) = pairs_mosaic_gpu.compare(count, (rank,), (rank,), (0,), parts)
+    before = jnp.cumsum(better, axis=0, dtype=jnp.int32) - better
+    has_last = (before < num_keys) & (before + better >= num_keys)
+    _, expiry = pairs_mosaic_gpu.compare(find, (rank,), (rank,), (before, length), parts.only(has_last))
     return jnp.maximum(expiry.min(0), jnp.arange(length, dtype=jnp.int32))
 
 

@@ -10,11 +10,9 @@ def bucket_orders(query_code, key_code, segment_ids, num_codes=None):
     pairs_mosaic_gpu.check("bucket_orders")
     if pairs_mosaic_gpu.why_not(query_code.shape):
         return xla.bucket_orders(query_code, key_code, segment_ids, num_codes)
-    own, others = (query_code, key_code), (key_code,)
-    parts = pairs_mosaic_gpu.compare_with_segment(
-        _step, own, others, (0, 0), segment_ids, query_code.shape, past_only=True
-    )
-    return tuple(x.sum(0) for x in parts)
+    parts = pairs_mosaic_gpu.cut(segment_ids, query_code.shape, past_only=True)
+    counts = pairs_mosaic_gpu.compare(_step, (query_code, key_code), (key_code,), (0, 0), parts)
+    return tuple(x.sum(0, dtype=jnp.int32) for x in counts)
 
 
 def _step(other, position, values, mine, state, together):

@@ -17,6 +17,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     ROW,
     Tiles,
     across,
+    arrivals,
     down,
     fetch_vectors,
     load,
@@ -59,8 +60,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             for plane in range(planes):
                 plgpu.copy_gmem_to_smem(ref.at[(plane, *place)], sm.at[plane], loaded)
         B_sm, C_sm, x_sm, dy_sm, before_sm, after_sm = shared
-        fetch_vectors(in_time, vectors_sm, loaded, tiles, b, c, k)
-        cum_sm, dt_sm, enter_sm, leave_sm = vectors_sm
+        of_heads = fetch_vectors(in_time, vectors_sm, loaded, tiles, b, c, k)
+        cum_here, dt_here, enter_here, leave_here = of_heads
         dx_ref, dB_ref, dC_ref, *sums = outputs
         seen = visible(run_ref.at[b, c], transposed=True)
         plgpu.barrier_wait(loaded)
@@ -75,7 +76,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
 
         def one_head(head, dS):
             here, index = pl.ds(head * p, p), k * block + head
-            per_head = [sm.at[head] for sm in (cum_sm, dt_sm, leave_sm)]
+            per_head = [ref.at[head] for ref in (cum_here, dt_here, leave_here)]
             of_head = (x_sm, dy_sm, B_sm, after_sm, *per_head)
             dx, sums_of_head, dS = _head(S, dS, D_ref[index], here, of_head, tiles)
             dx_sm[head] = dx.astype(dx_type)
@@ -97,8 +98,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
                 plgpu.wgmma(dC, dS_sm.at[i].transpose((1, 0)), B_sm.at[j])
             for head in range(block):
                 here = pl.ds(head * p, p)
-                leaving = load(dt_sm.at[head], ROW) * load(leave_sm.at[head], ROW)
-                entering = load(enter_sm.at[head], ROW)
+                leaving = load(dt_here.at[head], ROW) * load(leave_here.at[head], ROW)
+                entering = load(enter_here.at[head], ROW)
                 weighted = split(load_planes(x_sm, here) * down(leaving, (CHUNK, p)), planes)
                 reached = split(load_planes(dy_sm, here) * down(entering, (CHUNK, p)), planes)
                 for i, j in tiles.plane_pairs:
@@ -127,7 +128,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             plgpu.SMEM((block, CHUNK, p), dx_type),
             tile(tiles, *SQUARE),
             *vectors(tiles, 4),
-            plgpu.Barrier(num_arrivals=6 * planes + 4),
+            plgpu.Barrier(num_arrivals=6 * planes + arrivals(tiles, 4)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),

@@ -13,6 +13,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     ROW,
     Tiles,
     across,
+    arrivals,
     down,
     fetch_vectors,
     load,
@@ -55,7 +56,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             plgpu.copy_gmem_to_smem(C_ref.at[plane, b, time, group], C_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(x_ref.at[plane, b, time, columns], x_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(before_ref.at[plane, b, c, columns], before_sm.at[plane], loaded)
-        fetch_vectors([cum_ref, dt_ref, enter_ref], vectors_sm, loaded, tiles, b, c, k)
+        of_heads = fetch_vectors([cum_ref, dt_ref, enter_ref], vectors_sm, loaded, tiles, b, c, k)
         seen = visible(run_ref.at[b, c])
         plgpu.barrier_wait(loaded)
 
@@ -68,7 +69,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
 
         def one_head(head, _):
             here = pl.ds(head * p, p)
-            of_head = [sm.at[head] for sm in vectors_sm]
+            of_head = [ref.at[head] for ref in of_heads]
             y = _head(S, here, (x_sm, C_sm, before_sm, *of_head), tiles)
             y = y + D_ref[k * block + head] * load_planes(x_sm, here)
             if by_head:
@@ -95,7 +96,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             tile(tiles, width, n),
             y_tile,
             *vectors(tiles, 3),
-            plgpu.Barrier(num_arrivals=4 * planes + 3),
+            plgpu.Barrier(num_arrivals=4 * planes + arrivals(tiles, 3)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),

@@ -11,6 +11,7 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     CHUNK,
     ROW,
     Tiles,
+    arrivals,
     down,
     fetch_vectors,
     load,
@@ -34,18 +35,19 @@ def chunk_states(x, weight, B, tiles: Tiles):
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, tiles.heads * tiles.head_dim
 
-    def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, weight_sm, loaded):
+    def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, *scratch):
+        *weight_sm, loaded = scratch
         b, c, k = (lax.axis_index(name) for name in ("b", "c", "k"))
         time, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(k * width, width)
         group = pl.ds((k * block // tiles.heads_per_group) * n, n)
         for plane in range(planes):
             plgpu.copy_gmem_to_smem(x_ref.at[plane, b, time, columns], x_sm.at[plane], loaded)
             plgpu.copy_gmem_to_smem(B_ref.at[plane, b, time, group], B_sm.at[plane], loaded)
-        fetch_vectors([weight_ref], [weight_sm], loaded, tiles, b, c, k)
+        (weights,) = fetch_vectors([weight_ref], weight_sm, loaded, tiles, b, c, k)
         plgpu.barrier_wait(loaded)
         for head in range(block):
             here = pl.ds(head * p, p)
-            w = load(weight_sm.at[head], ROW)
+            w = load(weights.at[head], ROW)
             for plane, part in enumerate(split(load_planes(x_sm, here) * down(w, (CHUNK, p)), planes)):
                 weighted_sm[plane, :, here] = part
         plgpu.commit_smem()
@@ -65,7 +67,7 @@ def chunk_states(x, weight, B, tiles: Tiles):
             tile(tiles, CHUNK, n),
             tile(tiles, CHUNK, width),
             *vectors(tiles, 1),
-            plgpu.Barrier(num_arrivals=2 * planes + 1),
+            plgpu.Barrier(num_arrivals=2 * planes + arrivals(tiles, 1)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),

@@ -51,6 +51,15 @@ class Tiles:
         return 2 * math.gcd(64, self.head_dim, self.state_size)
 
     @property
+    def has_many_heads(self) -> bool:
+        """Whether heads are so narrow that a program has many: then what they need is brought at once.
+
+        Wide heads have enough to do while one vector is read, and shared memory for it would leave room for
+        one program less where the state is wide too, or inputs are three planes.
+        """
+        return self.head_dim < 32 and self.planes == 1
+
+    @property
     def plane_pairs(self) -> tuple[tuple[int, int], ...]:
         """Products of planes, the smallest first, that are above the rounding of the sum."""
         return self._pairs(self.planes)
@@ -121,7 +130,7 @@ def _fits(x, B, width: int) -> bool:
     # B, C, x, dy, the scores' gradient, and the states on both sides; then dx as it is written.
     of_planes = CHUNK * (2 * n + 2 * width + CHUNK) + 2 * width * n
     held = 2 * planes * of_planes + CHUNK * width * x.dtype.itemsize
-    # cum, dt, enter and leave of its heads.
+    # cum, dt, enter and leave of its heads, where they are narrow.
     held += 4 * 4 * CHUNK * (width // x.shape[3])
     # In float32 the widest would fit, but registers would not.
     return width <= _WIDEST // (1 if planes == 1 else 2) and held <= _SHARED_BYTES
@@ -133,17 +142,27 @@ def tile(tiles: Tiles, rows: int, columns: int):
 
 
 def vectors(tiles: Tiles, count: int) -> list:
-    """Shared memory for `count` numbers of every head and position of a program.
+    """Shared memory for `count` numbers of every head and position of a program."""
+    return [plgpu.SMEM((tiles.heads, CHUNK), jnp.float32)] * (count if tiles.has_many_heads else 0)
 
-    Read head by head from global memory, each would be waited for.
+
+def arrivals(tiles: Tiles, count: int) -> int:
+    """What `fetch_vectors` adds to those that a barrier waits for."""
+    return count if tiles.has_many_heads else 0
+
+
+def fetch_vectors(refs, shared, barrier, tiles: Tiles, b, c, k) -> list:
+    """Where a program finds vectors (b, c, h, 64) of its heads, (heads, 64) each.
+
+    Where it has many heads they are copied to shared memory, an arrival each: read head by head from global
+    memory, each would be waited for.
     """
-    return [plgpu.SMEM((tiles.heads, CHUNK), jnp.float32)] * count
-
-
-def fetch_vectors(refs, shared, barrier, tiles: Tiles, b, c, k) -> None:
-    """Copies a program's heads of vectors (b, c, h, 64) to shared memory, one arrival each."""
-    for ref, sm in zip(refs, shared, strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[b, c, pl.ds(k * tiles.heads, tiles.heads)], sm, barrier)
+    own = [ref.at[b, c, pl.ds(k * tiles.heads, tiles.heads)] for ref in refs]
+    if not tiles.has_many_heads:
+        return own
+    for ref, sm in zip(own, shared, strict=True):
+        plgpu.copy_gmem_to_smem(ref, sm, barrier)
+    return list(shared)
 
 
 def swizzled(shape: tuple[int, ...], dtype, swizzle: int):
