@@ -46,7 +46,7 @@ demo: env
 	@$(python) experiments/plot_training.py $(DEMO)
 
 test: env
-	$(python) -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(TESTS)
+	$(python) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 # PyTorch has an environment of its own: nothing else needs it. TORCH_VERSION is empty for the newest.
 TORCH_VERSION ?=

@@ -28,16 +28,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from experiments import results
 from hax_jax.config import ConfigError
 
-_STARTED = time.perf_counter()
 SUITES = ("attention", "scans", "step", "curves", "scaling")
 FOLDER = results.CHECKOUT / results.FOLDER / "benchmarks"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line, program name first, and returns the exit status."""
+    started = time.perf_counter()
     try:
         options = _parser().parse_args(argv[1:])
-        _run(options)
+        _run(options, started)
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -75,7 +75,7 @@ def _parser() -> results.Parser:
     return parser
 
 
-def _run(options) -> None:
+def _run(options, started: float) -> None:
     # Imported here, so that a mistyped command line is answered at once.
     from benchmarks import timing
     from benchmarks.record import Record
@@ -113,7 +113,7 @@ def _run(options) -> None:
         from benchmarks import step
 
         options.steps = options.steps or step.Options.steps
-        step.main(options, plan, record, _STARTED)
+        step.main(options, plan, record, started)
 
 
 if __name__ == "__main__":

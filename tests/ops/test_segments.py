@@ -43,3 +43,16 @@ def test_narrow_numbers_are_summed_in_float32():
         total = segments.running_sum(ones, segment_ids)
         assert total.dtype == jnp.float32
         assert total[0, -1, 0] == 300
+
+
+def test_pads_are_short_segments_that_no_other_position_shares():
+    is_real = jnp.asarray([[True] * 70 + [False] * 130, [False] * 200])
+    ids = jnp.zeros((2, 200), jnp.int32).at[:, 30:].set(-1)
+    apart = segments.apart(is_real, ids)
+    np.testing.assert_array_equal(apart[0, :70], ids[0, :70])
+    for row, real in ((0, 70), (1, 0)):
+        found, counts = np.unique(np.asarray(apart[row, real:]), return_counts=True)
+        assert counts.max() == segments.EMPTY == 64 and not set(found) & {0, -1}
+    # As segments they are numbered and bounded like any other.
+    assert int(segments.numbers(apart)[1, -1] - segments.numbers(apart)[1, 0]) == 3
+    np.testing.assert_array_equal(segments.ends(apart)[1, [0, 63, 64, 199]], [64, 64, 128, 200])
