@@ -17,7 +17,6 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     ROW,
     Tiles,
     across,
-    arrivals,
     down,
     fetch_vectors,
     load,
@@ -45,6 +44,7 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width, time_padded = tiles.planes, block * p, chunks * CHUNK
+    of_heads_sm = vectors(tiles, 4)
     dx_type = jnp.bfloat16 if planes == 1 else jnp.float32
     shared_type = dx_type if block == tiles.heads_per_group else jnp.float32
 
@@ -127,8 +127,8 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
             # A tile a head: see `Tiles.length`.
             plgpu.SMEM((block, CHUNK, p), dx_type),
             tile(tiles, *SQUARE),
-            *vectors(tiles, 4),
-            plgpu.Barrier(num_arrivals=6 * planes + arrivals(tiles, 4)),
+            *of_heads_sm,
+            plgpu.Barrier(num_arrivals=6 * planes + len(of_heads_sm)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
@@ -138,22 +138,22 @@ def gradients(x, dy, B, C, before, after, D, cum, dt, enter, leave, run, tiles: 
 
 def _head(S, dS, D, here, of_head, tiles):
     """dx of one head (64, p), its three sums (64,), and dS with its share."""
-    x_sm, dy_sm, B_sm, after_sm, cum_sm, dt_sm, leave_sm = of_head
+    x_sm, dy_sm, B_sm, after_sm, cum_ref, dt_ref, leave_ref = of_head
     rows, planes = (CHUNK, tiles.head_dim), tiles.planes
     x = load_planes(x_sm, here)
-    dt = down(load(dt_sm, ROW), rows)
+    dt = down(load(dt_ref, ROW), rows)
     driven = split(x * dt, planes)
 
     def products(through, from_state, from_outputs):
         for i, j in tiles.plane_pairs:
             plgpu.wgmma(through, driven[i], dy_sm.at[j, :, here].transpose((1, 0)))
             plgpu.wgmma(from_state, B_sm.at[i], after_sm.at[j, here].transpose((1, 0)))
-        exponent = across(load(cum_sm, COLUMN), SQUARE) - down(load(cum_sm, ROW), SQUARE)
+        exponent = across(load(cum_ref, COLUMN), SQUARE) - down(load(cum_ref, ROW), SQUARE)
         decay = jnp.exp2(jnp.minimum(exponent, 0.0))
         weights = split(S * decay, tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(from_outputs, weights[i], dy_sm.at[j, :, here])
-        left = down(load(leave_sm, ROW), rows) * from_state[...]
+        left = down(load(leave_ref, ROW), rows) * from_state[...]
         return left, left + from_outputs[...], dS + through[...] * decay
 
     accumulators = [plgpu.ACC(shape, jnp.float32) for shape in (SQUARE, rows, rows)]

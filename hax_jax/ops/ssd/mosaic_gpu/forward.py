@@ -13,7 +13,6 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     ROW,
     Tiles,
     across,
-    arrivals,
     down,
     fetch_vectors,
     load,
@@ -36,6 +35,7 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
     batch, chunks, heads, _ = cum.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, block * p
+    of_heads_sm = vectors(tiles, 3)
     # Swizzled tiles hold 8 positions: only rows of a multiple of 8 can be written from them. Plain tiles have
     # fewer bank conflicts when they are narrow.
     by_head = bool(tiles.length % 8)
@@ -95,8 +95,8 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
             tile(tiles, CHUNK, n),
             tile(tiles, width, n),
             y_tile,
-            *vectors(tiles, 3),
-            plgpu.Barrier(num_arrivals=4 * planes + arrivals(tiles, 3)),
+            *of_heads_sm,
+            plgpu.Barrier(num_arrivals=4 * planes + len(of_heads_sm)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),
@@ -106,19 +106,19 @@ def outputs(x, B, C, before, D, cum, dt, enter, run, tiles: Tiles):
 
 def _head(S, here, of_head, tiles):
     """y of one head (64, p)."""
-    x_sm, C_sm, before_sm, cum_sm, dt_sm, enter_sm = of_head
+    x_sm, C_sm, before_sm, cum_ref, dt_ref, enter_ref = of_head
     square, rows = (CHUNK, CHUNK), (CHUNK, tiles.head_dim)
 
     def products(from_before, within):
         for i, j in tiles.plane_pairs:
             plgpu.wgmma(from_before, C_sm.at[i], before_sm.at[j, here].transpose((1, 0)))
-        exponent = down(load(cum_sm, ROW), square) - across(load(cum_sm, COLUMN), square)
+        exponent = down(load(cum_ref, ROW), square) - across(load(cum_ref, COLUMN), square)
         # Where it is above zero S is zero.
         decay = jnp.exp2(jnp.minimum(exponent, 0.0))
-        weights = split(S * decay * across(load(dt_sm, COLUMN), square), tiles.weight_planes)
+        weights = split(S * decay * across(load(dt_ref, COLUMN), square), tiles.weight_planes)
         for i, j in tiles.weight_pairs:
             plgpu.wgmma(within, weights[i], x_sm.at[j, :, here])
-        return down(load(enter_sm, ROW), rows) * from_before[...] + within[...]
+        return down(load(enter_ref, ROW), rows) * from_before[...] + within[...]
 
     accumulator = plgpu.ACC(rows, jnp.float32)
     return pl.run_scoped(products, accumulator, accumulator)

@@ -11,7 +11,6 @@ from hax_jax.ops.ssd.mosaic_gpu.tiles import (
     CHUNK,
     ROW,
     Tiles,
-    arrivals,
     down,
     fetch_vectors,
     load,
@@ -34,6 +33,7 @@ def chunk_states(x, weight, B, tiles: Tiles):
     batch, chunks, heads, _ = weight.shape
     p, n, block = tiles.head_dim, tiles.state_size, tiles.heads
     planes, width = tiles.planes, tiles.heads * tiles.head_dim
+    of_heads_sm = vectors(tiles, 1)
 
     def ssd_chunk_states(x_ref, weight_ref, B_ref, out_ref, x_sm, B_sm, weighted_sm, *scratch):
         *weight_sm, loaded = scratch
@@ -66,8 +66,8 @@ def chunk_states(x, weight, B, tiles: Tiles):
             tile(tiles, CHUNK, width),
             tile(tiles, CHUNK, n),
             tile(tiles, CHUNK, width),
-            *vectors(tiles, 1),
-            plgpu.Barrier(num_arrivals=2 * planes + arrivals(tiles, 1)),
+            *of_heads_sm,
+            plgpu.Barrier(num_arrivals=2 * planes + len(of_heads_sm)),
         ],
         grid=(batch, chunks, heads // block),
         grid_names=("b", "c", "k"),

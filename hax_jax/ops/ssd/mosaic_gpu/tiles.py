@@ -142,20 +142,15 @@ def tile(tiles: Tiles, rows: int, columns: int):
 
 
 def vectors(tiles: Tiles, count: int) -> list:
-    """Shared memory for `count` numbers of every head and position of a program."""
+    """What `fetch_vectors` copies `count` vectors to, an arrival each; nothing where it copies none."""
     return [plgpu.SMEM((tiles.heads, CHUNK), jnp.float32)] * (count if tiles.has_many_heads else 0)
-
-
-def arrivals(tiles: Tiles, count: int) -> int:
-    """What `fetch_vectors` adds to those that a barrier waits for."""
-    return count if tiles.has_many_heads else 0
 
 
 def fetch_vectors(refs, shared, barrier, tiles: Tiles, b, c, k) -> list:
     """Where a program finds vectors (b, c, h, 64) of its heads, (heads, 64) each.
 
-    Where it has many heads they are copied to shared memory, an arrival each: read head by head from global
-    memory, each would be waited for.
+    Where it has many heads they are copied to shared memory: read head by head from global memory, each would
+    be waited for.
     """
     own = [ref.at[b, c, pl.ds(k * tiles.heads, tiles.heads)] for ref in refs]
     if not tiles.has_many_heads:
