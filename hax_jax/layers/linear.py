@@ -17,6 +17,8 @@ from hax_jax.ops.numerics import einsum
 
 # A gradient of W summed over at least so many positions is summed in so many parts side by side.
 _MANY_POSITIONS, _MOST_PARTS = 1 << 13, 64
+# Blocks of a split product with no more columns than this are multiplied with others.
+_NARROW = 64
 # A table of more rows than this has its gradient scattered: few tokens share a row, and a 0/1 row is long.
 _FEW_ROWS = 1024
 
@@ -78,8 +80,30 @@ def _split_matmul_forward(x, kernel, sizes, dtype):
 
 
 def _split_matmul_backward(sizes, dtype, saved, d_blocks):
-    d_y = jnp.concatenate([d_block.astype(dtype) for d_block in d_blocks], axis=-1)
-    return _matmul_backward(dtype, saved, d_y)
+    x, kernel, like = saved
+    d_blocks = [d_block.astype(dtype) for d_block in d_blocks]
+    kernels = jnp.split(kernel.astype(dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
+    groups = _multiplied_together(sizes)
+    join = lambda blocks, group: jnp.concatenate([blocks[i] for i in group], axis=-1)  # noqa: E731
+    d_x, d_kernels = 0, {}
+    for group, factor in zip(groups, jax.lax.optimization_barrier((x,) * len(groups)), strict=True):
+        d_y = join(d_blocks, group)
+        d_x += einsum("...o,io->...i", d_y, join(kernels, group))
+        d_kernel = _sum_of_products(factor.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+        ends = list(itertools.accumulate(sizes[i] for i in group))[:-1]
+        d_kernels |= zip(group, jnp.split(d_kernel, ends, axis=1), strict=True)
+    d_kernel = jnp.concatenate([d_kernels[i] for i in range(len(sizes))], axis=1)
+    return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+
+
+def _multiplied_together(sizes):
+    """The blocks whose gradients are joined for one product: the first with all narrow ones, others alone.
+
+    The gradients of blocks come at different times, and what is multiplied apart waits for its own alone. A
+    narrow block is not worth a product of its own, of which the sum would have to be read.
+    """
+    first = [i for i, size in enumerate(sizes) if i == 0 or size <= _NARROW]
+    return [first, *([i] for i in range(len(sizes)) if i not in first)]
 
 
 split_matmul.defvjp(_split_matmul_forward, _split_matmul_backward)

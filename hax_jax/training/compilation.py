@@ -8,6 +8,7 @@ import jax
 
 # Programs that compile faster are not worth a file; jax's own default of a second leaves out half of them.
 _LEAST_SECONDS = 0.1
+_SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"
 _COUNTED = {
     "/jax/compilation_cache/cache_hits": "cache_hits",
     "/jax/compilation_cache/cache_misses": "cache_misses",
@@ -31,6 +32,18 @@ def keep_programs(folder: str | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser().absolute()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+
+
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """What XLA is told about the programs of training and evaluation beyond its own defaults.
+
+    On a GPU kernels of a CUDA graph that do not depend on each other may run side by side: most are too small
+    to fill the device. Results keep their bits, memory is used again less soon. A mode named in XLA_FLAGS
+    (`--xla_gpu_command_buffer_scheduling_mode=SERIALIZE`) is left as it is.
+    """
+    if platform not in ("gpu", "cuda") or _SCHEDULING in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {_SCHEDULING: "CONCURRENT"}
 
 
 class Compilations:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
+from hax_jax.training.compilation import compiler_options
 from hax_jax.training.flat import FlatStructure
 from hax_jax.training.initialise import Beginning
 from hax_jax.training.sharding import kernels_over, replicated, split_rows
@@ -25,32 +26,32 @@ _AHEAD_DISPATCHES = 16
 
 
 def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False) -> Callable[..., Any]:
-    """Many updates as one function: dispatch(state, raws, count, *rest) -> (state, metrics of the last one).
+    """Many updates as one function: dispatch(state, batches, count, *rest) -> (state, the last metrics).
 
-    A loop over the leading axis of `raws`, which stands before those that `train_step` takes. `count` is its
-    length once more, as an array: the compiler then sees the same loop whatever the length, and an update
+    A loop over the leading axis of `batches`, which stands before those that `train_step` takes. `count` is
+    its length once more, as an array: the compiler then sees the same loop whatever the length, and an update
     has the same bits in a dispatch of one as in a dispatch of many.
 
     Args:
-      train_step: one update, train_step(state, raw, *rest) -> (state, metrics).
+      train_step: one update, train_step(state, batches, *rest) -> (state, metrics).
       known_length: tell the compiler the length of loops of more than one turn. This spares a GPU the
         question, after each update, whether to go on; a dispatch of one may then differ by rounding.
     """
 
-    def dispatch(state, raws, count, *rest):
-        first = jax.tree.map(lambda x: x[0], raws)
+    def dispatch(state, batches, count, *rest):
+        first = jax.tree.map(lambda x: x[0], batches)
         shapes = jax.eval_shape(train_step, state, first, *rest)[1]
         # In the carry, not among the loop's outputs: only the last ones are wanted.
         metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        length = jax.tree.leaves(raws)[0].shape[0]
+        length = jax.tree.leaves(batches)[0].shape[0]
         if length == 1:
-            # With one row to choose from, the batch would not depend on the turn: it would be made outside.
-            raws = jax.tree.map(lambda x: jnp.concatenate([x, x]), raws)
+            # With one row to choose from, the batch would not depend on the turn: work would leave the loop.
+            batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
 
         def body(index, carry):
-            raw = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), raws)
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
             # What surrounds an update must not be fused with it, nor rounded together.
-            inputs = jax.lax.optimization_barrier((carry[0], raw))
+            inputs = jax.lax.optimization_barrier((carry[0], batch))
             return jax.lax.optimization_barrier(train_step(*inputs, *rest))
 
         turns = length if known_length and length > 1 else count
@@ -70,6 +71,8 @@ def make_update(
     """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> (state, metrics).
 
     Inside it small parameters are one vector (`FlatStructure`); states are taken and given tensor by tensor.
+    The batches of all updates are made at once before the first, so that none waits for its data: a few
+    bytes for each of count * grad_accumulation_steps * b * t positions.
 
     Args:
       beginning: what is known of the run.
@@ -86,19 +89,28 @@ def make_update(
     if population:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
     flat = FlatStructure(beginning.structure, shapes)
-    step = make_rated_step(flat, split_rows(mesh, materialize), training)
+    step = make_rated_step(flat, training)
     pack, unpack = flat.pack_state, flat.unpack_state
     if population:
-        step = jax.vmap(step, in_axes=(0, None, 0, None))
+        step = jax.vmap(step, in_axes=(0, None, 0))
         pack, unpack = jax.vmap(pack), jax.vmap(unpack)
-    dispatch = make_dispatch(step, known_length=mesh.devices.flat[0].platform != "cpu")
+    platform = mesh.devices.flat[0].platform
+    dispatch = make_dispatch(step, known_length=platform != "cpu")
+    prepare = split_rows(mesh, materialize)
 
     def steps(state, raws, count, peak, kept):
-        # What is packed must not be fused with the updates, or it would be packed anew in each.
-        packed, metrics = dispatch(jax.lax.optimization_barrier(pack(state)), raws, count, peak, kept)
+        batches = jax.vmap(jax.vmap(lambda raw: prepare({**raw, **(kept or {})})))(raws)
+        # What is made here must not be fused with the updates, or it would be made anew in each.
+        packed, batches = jax.lax.optimization_barrier((pack(state), batches))
+        packed, metrics = dispatch(packed, batches, count, peak)
         return unpack(packed), metrics
 
-    return jax.jit(kernels_over(mesh, steps), donate_argnums=0, out_shardings=replicated(mesh))
+    return jax.jit(
+        kernels_over(mesh, steps),
+        donate_argnums=0,
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(platform),
+    )
 
 
 def steps_per_dispatch(training: TrainingConfig, platform: str) -> int:

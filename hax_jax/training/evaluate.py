@@ -12,6 +12,7 @@ import numpy as np
 
 from hax_jax.config import DataConfig, Experiment
 from hax_jax.training import recall
+from hax_jax.training.compilation import compiler_options
 from hax_jax.training.sharding import kernels_over, put_batch, put_replicated, split_rows
 from hax_jax.training.state import ModelStructure, Purpose
 from hax_jax.training.step import make_eval_step
@@ -207,7 +208,8 @@ def compiled_score(
         count = batches.item_weight.shape[0]
         return jax.lax.scan(add, totals, (first + jnp.arange(count), batches))[0]
 
-    return jax.jit(kernels_over(mesh, score), donate_argnums=6)
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(kernels_over(mesh, score), donate_argnums=6, compiler_options=options)
 
 
 def _result(sums: dict[str, np.ndarray], sources: tuple[str, ...]) -> EvalResult:

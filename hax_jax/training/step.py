@@ -106,19 +106,17 @@ def make_train_step(
 
 
 def make_rated_step(
-    structure: ModelStructure | FlatStructure, materialize: Callable[[Any], Batch], training: TrainingConfig
+    structure: ModelStructure | FlatStructure, training: TrainingConfig
 ) -> Callable[..., tuple[TrainState, Sums]]:
-    """As `make_train_step`, with more arguments: step(state, raw, peak, kept) -> (state, metrics).
+    """As `make_train_step`, with batches that are made, and a rate: step(state, batches, peak).
 
     Under `jax.vmap` over states and rates it is the update of a population. The rate `peak` is an argument
-    for a single run too, because a compiler folds constants, and rounds them, as it sees fit. `kept` are the
-    data that stay on the device (`Split.keep`), added to every raw batch.
+    for a single run too, because a compiler folds constants, and rounds them, as it sees fit.
     """
 
-    def rated_step(state, raw, peak, kept=None):
+    def rated_step(state, batches, peak):
         optimizer = make_optimizer(training, peak)
-        with_kept = lambda raw: materialize({**raw, **(kept or {})})  # noqa: E731
-        return make_train_step(structure, with_kept, optimizer, training, peak)(state, raw)
+        return make_train_step(structure, lambda batch: batch, optimizer, training, peak)(state, batches)
 
     return rated_step
 

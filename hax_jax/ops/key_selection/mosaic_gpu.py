@@ -1,4 +1,4 @@
-"""Lifetimes by comparing pairs, in two kernels; in long rows from the best keys of each chunk's prefix."""
+"""Lifetimes by comparing pairs, in one kernel; in long rows from the best keys of each chunk's prefix."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -43,29 +43,19 @@ def _rank(scores):
 
 
 def _from_pairs(rank, num_keys, segment_ids):
-    """Counts the better keys in each part of a segment, then looks for the last where it may be."""
     length = rank.shape[1]
 
-    def is_better(other, position, values, mine, together):
-        # Of equal scores the earlier is better.
-        return together & (values[0] < mine[0] + jnp.where(other < position, 1, 0))
-
-    def count(other, position, values, mine, state, together):
-        better = is_better(other, position, values, mine, together)
-        return (state[0] + jnp.where(better, 1, 0),)
-
-    def find(other, position, values, mine, state, together):
+    def step(other, position, values, mine, state, together):
         found, expiry = state
-        better = is_better(other, position, values, mine, together)
+        # Of equal scores the earlier is better.
+        better = together & (values[0] < mine[0] + jnp.where(other < position, 1, 0))
         found = found + jnp.where(better, 1, 0)
         return found, jnp.where(better & (found == num_keys), other, expiry)
 
-    parts = pairs_mosaic_gpu.cut(segment_ids, rank.shape)
-    (better,) = pairs_mosaic_gpu.compare(count, (rank,), (rank,), (0,), parts)
-    before = jnp.cumsum(better, axis=0, dtype=jnp.int32) - better
-    has_last = (before < num_keys) & (before + better >= num_keys)
-    _, expiry = pairs_mosaic_gpu.compare(find, (rank,), (rank,), (before, length), parts.only(has_last))
-    return jnp.maximum(expiry.min(0), jnp.arange(length, dtype=jnp.int32))
+    # In one part: cut into parts, the last of the better keys takes a second pass to find, and kernels wait
+    # for kernels. That is slower.
+    _, expiry = pairs_mosaic_gpu.compare(step, (rank,), (rank,), (0, length), segment_ids, rank.shape)
+    return jnp.maximum(expiry[0], jnp.arange(length, dtype=jnp.int32))
 
 
 def _from_chunks(rank, num_keys, segment_ids):

@@ -10,8 +10,10 @@ def bucket_orders(query_code, key_code, segment_ids, num_codes=None):
     pairs_mosaic_gpu.check("bucket_orders")
     if pairs_mosaic_gpu.why_not(query_code.shape):
         return xla.bucket_orders(query_code, key_code, segment_ids, num_codes)
-    parts = pairs_mosaic_gpu.cut(segment_ids, query_code.shape, past_only=True)
-    counts = pairs_mosaic_gpu.compare(_step, (query_code, key_code), (key_code,), (0, 0), parts)
+    codes, shape = (query_code, key_code), query_code.shape
+    counts = pairs_mosaic_gpu.compare(
+        _step, codes, (key_code,), (0, 0), segment_ids, shape, past_only=True, in_parts=True
+    )
     return tuple(x.sum(0, dtype=jnp.int32) for x in counts)
 
 
