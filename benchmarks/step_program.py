@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.dispatch import make_update, steps_per_dispatch, take_raws
+from hax_jax.training.dispatch import make_read, make_update, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.sharding import (
     batch_sharding,
@@ -95,9 +95,18 @@ class StepProgram:
         self.materialize = split_rows(self.mesh, split.materialize)
         members = experiment.members
         self.steps = steps or steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
+        self.members = max(len(members), 1)
+        rows, row_length = split.row_shape(training.batch_size)
+        self.positions = self.members * self._accumulation * rows * row_length
         self._update = make_update(
-            self.beginning, split.materialize, training, self.mesh, population=bool(members)
+            self.beginning,
+            split.materialize,
+            training,
+            self.mesh,
+            population=bool(members),
+            positions=self.positions,
         )
+        self._read = make_read(training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members] or training.learning_rate
         self._rate: Any = np.asarray(rates, np.float32)
         if self._described:
@@ -105,9 +114,6 @@ class StepProgram:
             self._rate = jax.ShapeDtypeStruct(self._rate.shape, self._rate.dtype, sharding=everywhere)
         else:
             self._rate = put_replicated(self.mesh, self._rate)
-        self.members = max(len(members), 1)
-        rows, row_length = split.row_shape(training.batch_size)
-        self.positions = self.members * self._accumulation * rows * row_length
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.beginning.shapes.params))
         self.seconds = {"build": time.perf_counter() - begin}
         self.compiled: Any = None
@@ -155,8 +161,8 @@ class StepProgram:
     def dispatch(self) -> dict[str, jax.Array]:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
         raws, self._next = self.next_raws(), None
-        self.state, metrics = self.compiled(self.state, raws, np.int32(self.steps), self._rate, None)
-        return metrics
+        self.state = self.compiled(self.state, raws, np.int32(self.steps), self._rate, None)
+        return self._read(self.state, self._rate)
 
     def _first_raws(self) -> Any:
         """What is compiled for: raw batches, or their shapes where the devices are only described."""

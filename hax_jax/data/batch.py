@@ -26,6 +26,7 @@ class Batch:
       n_key: (m,) int32, keys in the item's table.
       item_weight: (m,) float32, 1, or 0 for a filler item that only completes the last batch of an
         evaluation and is never scored.
+      num_scored: () float32, how many predictions count; None to find it from the others.
       scored: the positions of `score_mask` item by item; None where they are not known that way.
       packing: where the items lie in the rows; None where each has a row of its own.
     """
@@ -38,5 +39,6 @@ class Batch:
     n_context: Any
     n_key: Any
     item_weight: Any
+    num_scored: Any = None
     scored: ScoredPositions | None = None
     packing: Packing | None = None

@@ -85,7 +85,8 @@ def _split_matmul_backward(sizes, dtype, saved, d_blocks):
     kernels = jnp.split(kernel.astype(dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
     groups = _multiplied_together(sizes)
     join = lambda blocks, group: jnp.concatenate([blocks[i] for i in group], axis=-1)  # noqa: E731
-    d_x, d_kernels = 0, {}
+    d_x: Any = 0
+    d_kernels: dict[int, Any] = {}
     for group, factor in zip(groups, jax.lax.optimization_barrier((x,) * len(groups)), strict=True):
         d_y = join(d_blocks, group)
         d_x += einsum("...o,io->...i", d_y, join(kernels, group))

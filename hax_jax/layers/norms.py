@@ -17,7 +17,8 @@ from hax_jax.ops.numerics import wide
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """weight x / sqrt(mean(x^2) + eps) over the last axis; the result is at least float32.
 
-    For the backward pass only x is kept: a kept scale would have to be written by a pass of its own.
+    The backward pass keeps x and the scale, which has a pass of its own: nothing waits for that one, while
+    the gradient would wait for a scale that it computed.
     """
     x, scale = _scaled(x, weight, eps)
     return x * scale * weight.astype(x.dtype)
@@ -30,14 +31,16 @@ def _scaled(x, weight, eps):
 
 
 def _rms_norm_forward(x, weight, eps):
-    return rms_norm(x, weight, eps), (x, weight)
+    # Without the barrier the compiler finds that the result needs the same scale, and lets it wait for it.
+    with jax.named_scope("norm"):
+        scale = _scaled(jax.lax.optimization_barrier(x), weight, eps)[1]
+    return rms_norm(x, weight, eps), (x, weight, scale)
 
 
 @jax.named_scope("norm")
 def _rms_norm_backward(eps, saved, d_y):
-    inputs, weight = saved
-    # Without the barrier the compiler finds that this is the forward pass' scale, and keeps that one.
-    x, scale = _scaled(jax.lax.optimization_barrier(inputs), weight, eps)
+    inputs, weight, scale = saved
+    x = inputs.astype(scale.dtype)
     d_scaled = d_y * weight.astype(x.dtype)
     # y does not change when x grows: what points along x is taken out.
     along = jnp.mean(d_scaled * x, axis=-1, keepdims=True)

@@ -9,6 +9,9 @@ import jax
 # Programs that compile faster are not worth a file; jax's own default of a second leaves out half of them.
 _LEAST_SECONDS = 0.1
 _SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"
+_IN_GRAPHS = "xla_gpu_enable_command_buffer"
+# What XLA takes into graphs by itself, and loops.
+_ALL_AND_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
 _COUNTED = {
     "/jax/compilation_cache/cache_hits": "cache_hits",
     "/jax/compilation_cache/cache_misses": "cache_misses",
@@ -34,16 +37,25 @@ def keep_programs(folder: str | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
+def compiler_options(platform: str, *, one_graph: bool = False) -> dict[str, Any] | None:
     """What XLA is told about the programs of training and evaluation beyond its own defaults.
 
     On a GPU kernels of a CUDA graph that do not depend on each other may run side by side: most are too small
     to fill the device. Results keep their bits, memory is used again less soon. A mode named in XLA_FLAGS
-    (`--xla_gpu_command_buffer_scheduling_mode=SERIALIZE`) is left as it is.
+    (`--xla_gpu_command_buffer_scheduling_mode=SERIALIZE`) is left as it is, and so is all else then.
+
+    Args:
+      platform: of the devices.
+      one_graph: make a loop of known length one graph with all its turns, so that one turn follows another as
+        kernels do. To make out such a graph takes 6 us a kernel: nothing that the loop uses may move in
+        memory from call to call, and its turns have to be few and small.
     """
     if platform not in ("gpu", "cuda") or _SCHEDULING in os.environ.get("XLA_FLAGS", ""):
         return None
-    return {_SCHEDULING: "CONCURRENT"}
+    options: dict[str, Any] = {_SCHEDULING: "CONCURRENT"}
+    if one_graph:
+        options |= {_IN_GRAPHS: _ALL_AND_LOOPS, "xla_gpu_command_buffer_unroll_loops": True}
+    return options
 
 
 class Compilations:

@@ -1,5 +1,6 @@
 """Several updates in one program, so that the host has to start far fewer of them."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from hax_jax.training.compilation import compiler_options
 from hax_jax.training.flat import FlatStructure
 from hax_jax.training.initialise import Beginning
 from hax_jax.training.sharding import kernels_over, replicated, split_rows
-from hax_jax.training.step import make_rated_step
+from hax_jax.training.step import counted, make_rated_step, metrics_of
 
 # Without a setting this is the most: enough that the host costs nothing, few enough that a signal is
 # heeded soon.
@@ -25,37 +26,38 @@ _AHEAD_SECONDS = 0.05
 _AHEAD_DISPATCHES = 16
 
 
+# Updates of no more positions on a device take so little that what lies between two of them counts.
+_FEW_POSITIONS = 1 << 17
+
+
 def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False) -> Callable[..., Any]:
-    """Many updates as one function: dispatch(state, batches, count, *rest) -> (state, the last metrics).
+    """Many updates as one function: dispatch(state, batches, count, *rest) -> state.
 
     A loop over the leading axis of `batches`, which stands before those that `train_step` takes. `count` is
     its length once more, as an array: the compiler then sees the same loop whatever the length, and an update
     has the same bits in a dispatch of one as in a dispatch of many.
 
     Args:
-      train_step: one update, train_step(state, batches, *rest) -> (state, metrics).
+      train_step: one update, train_step(state, batches, *rest) -> (state, metrics). The metrics are not
+        taken: `metrics_of` finds the last ones in the state.
       known_length: tell the compiler the length of loops of more than one turn. This spares a GPU the
         question, after each update, whether to go on; a dispatch of one may then differ by rounding.
     """
 
     def dispatch(state, batches, count, *rest):
-        first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(train_step, state, first, *rest)[1]
-        # In the carry, not among the loop's outputs: only the last ones are wanted.
-        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         length = jax.tree.leaves(batches)[0].shape[0]
         if length == 1:
             # With one row to choose from, the batch would not depend on the turn: work would leave the loop.
             batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
 
-        def body(index, carry):
+        def body(index, state):
             batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
             # What surrounds an update must not be fused with it, nor rounded together.
-            inputs = jax.lax.optimization_barrier((carry[0], batch))
-            return jax.lax.optimization_barrier(train_step(*inputs, *rest))
+            inputs = jax.lax.optimization_barrier((state, batch))
+            return jax.lax.optimization_barrier(train_step(*inputs, *rest)[0])
 
         turns = length if known_length and length > 1 else count
-        return jax.lax.fori_loop(0, turns, body, (state, metrics))
+        return jax.lax.fori_loop(0, turns, body, state)
 
     return dispatch
 
@@ -67,8 +69,9 @@ def make_update(
     mesh: Mesh,
     *,
     population: bool,
+    positions: int,
 ) -> Any:
-    """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> (state, metrics).
+    """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> state.
 
     Inside it small parameters are one vector (`FlatStructure`); states are taken and given tensor by tensor.
     The batches of all updates are made at once before the first, so that none waits for its data: a few
@@ -81,6 +84,7 @@ def make_update(
       mesh: the devices, which hold the state whole.
       population: whether state, metrics and `peak` have a leading axis of members. All take the same
         batches, as they do alone: these depend on the data's seed.
+      positions: of an update, those of all members and accumulated batches together.
 
     Returns:
       A jitted function, which takes over the memory of the state.
@@ -99,18 +103,29 @@ def make_update(
     prepare = split_rows(mesh, materialize)
 
     def steps(state, raws, count, peak, kept):
-        batches = jax.vmap(jax.vmap(lambda raw: prepare({**raw, **(kept or {})})))(raws)
+        batches = jax.vmap(jax.vmap(lambda raw: counted(prepare({**raw, **(kept or {})}))))(raws)
         # What is made here must not be fused with the updates, or it would be made anew in each.
         packed, batches = jax.lax.optimization_barrier((pack(state), batches))
-        packed, metrics = dispatch(packed, batches, count, peak)
-        return unpack(packed), metrics
+        return unpack(dispatch(packed, batches, count, peak))
 
+    # Nothing that the loop uses moves in memory: it returns what it was given, and raw batches end before it.
+    one_graph = positions <= _FEW_POSITIONS * mesh.size and training.steps_per_dispatch <= _MOST_STEPS
     return jax.jit(
         kernels_over(mesh, steps),
         donate_argnums=0,
         out_shardings=replicated(mesh),
-        compiler_options=compiler_options(platform),
+        compiler_options=compiler_options(platform, one_graph=one_graph),
     )
+
+
+def make_read(training: TrainingConfig, mesh: Mesh, *, population: bool) -> Any:
+    """The compiled program that finds the metrics in a state: read(state, peak) -> metrics, as `metrics_of`.
+
+    Not part of `make_update`'s: a program's results have new memory each time, which XLA also lends to its
+    loop, and the loop's CUDA graph would be made out anew for every dispatch.
+    """
+    read = functools.partial(metrics_of, training)
+    return jax.jit(jax.vmap(read) if population else read, out_shardings=replicated(mesh))
 
 
 def steps_per_dispatch(training: TrainingConfig, platform: str) -> int:

@@ -20,6 +20,7 @@ from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
 from hax_jax.training.dispatch import (
     dispatches_ahead,
+    make_read,
     make_update,
     steps_per_dispatch,
     steps_until_due,
@@ -138,7 +139,15 @@ class Run:
         structure, members = self.beginning.structure, experiment.members
         self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
         materialize = splits["train"].materialize
-        self.update = make_update(self.beginning, materialize, training, self.mesh, population=bool(members))
+        self.update = make_update(
+            self.beginning,
+            materialize,
+            training,
+            self.mesh,
+            population=bool(members),
+            positions=self.positions,
+        )
+        self.read = make_read(training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members or [experiment]]
         self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))
         self.evaluators = make_evaluators(structure, splits, experiment, self.mesh)
@@ -276,9 +285,9 @@ class Run:
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
-        self.state, metrics = self.update(self.state, raws, np.int32(count), self.peak, self.kept)
+        self.state = self.update(self.state, raws, np.int32(count), self.peak, self.kept)
         self.step += count
-        return metrics
+        return self.read(self.state, self.peak)
 
     def _after_first_dispatch(self) -> None:
         jax.block_until_ready(self.state.step)

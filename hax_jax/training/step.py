@@ -29,10 +29,34 @@ def token_losses(logits: Float[Array, "b s v"], batch: Batch) -> Float[Array, "b
       batch: what was predicted.
     """
     targets, scored = _targets(logits, batch)
-    # A sum over a comparison is one pass in both directions; picking one entry is a scatter backwards.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0.0).sum(-1)
-    return jnp.where(scored, losses, 0.0)
+    return jnp.where(scored, _cross_entropy(logits, targets), 0.0)
+
+
+@jax.custom_vjp
+def _cross_entropy(logits, targets):
+    """logsumexp(logits) - logits[target]; the gradient, softmax - 1 at the target, waits for no loss."""
+    # A sum over a comparison is one pass; picking one entry is a gather.
+    picked = jnp.where(_is_target(logits, targets), logits, 0.0).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _is_target(logits, targets):
+    return targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+
+
+def _cross_entropy_forward(logits, targets):
+    return _cross_entropy(logits, targets), (logits, targets)
+
+
+def _cross_entropy_backward(saved, d_loss):
+    logits, targets = saved
+    # Behind a barrier a softmax from the logits on is one kernel, and not the loss' kernels and one more.
+    probabilities = jax.nn.softmax(jax.lax.optimization_barrier(logits), axis=-1)
+    with jax.named_scope("loss"):
+        return (probabilities - _is_target(logits, targets)) * d_loss[..., None], None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 @jax.named_scope("loss")
@@ -76,7 +100,6 @@ def make_train_step(
     Returns:
       A pure function, to be compiled with its first argument donated. It may be called in a loop.
     """
-    schedule = learning_rate_schedule(training, peak)
     gradient = jax.grad(_make_objective(structure, training), has_aux=True)
 
     def train_step(state, raw):
@@ -97,12 +120,25 @@ def make_train_step(
         )
         finite = jnp.isfinite(parts["loss"] + parts["gate_loss"] + parts["grad_norm"]) & _all_finite(buffers)
         new = _accept_or_refuse(finite, new, state, parts, training)
-        metrics = {name: new.sums[name] / new.sums["steps"] for name in SUMMED if name != "steps"}
-        metrics["learning_rate"] = schedule(state.step - state.refused)
-        metrics |= {"refused": new.refused, "bad_step": new.bad_step}
-        return new, metrics
+        return new, metrics_of(training, new, peak)
 
     return train_step
+
+
+def metrics_of(training: TrainingConfig, state: TrainState, peak: Any = None) -> Sums:
+    """The metrics of the last update, from the state after it; see `make_train_step`.
+
+    Args:
+      training: the settings.
+      state: after at least one update.
+      peak: as in `learning_rate_schedule`.
+    """
+    metrics = {name: state.sums[name] / state.sums["steps"] for name in SUMMED if name != "steps"}
+    # An update that was made counts from now on; the rate was that of those before it.
+    made = (state.bad_step != state.step - 1).astype(jnp.int32)
+    schedule = learning_rate_schedule(training, peak)
+    metrics["learning_rate"] = schedule(state.step - state.refused - made)
+    return metrics | {"refused": state.refused, "bad_step": state.bad_step}
 
 
 def make_rated_step(
@@ -250,7 +286,14 @@ def _targets(logits, batch: Batch):
     return targets, batch.scored.used & (batch.item_weight > 0)[:, None]
 
 
+def counted(batch: Batch) -> Batch:
+    """The batch with `num_scored`: known ahead, the gradient of the loss does not wait for the loss."""
+    return dataclasses.replace(batch, num_scored=_num_scored(batch, least=0.0))
+
+
 def _num_scored(batch: Batch, least: float = 1.0):
+    if batch.num_scored is not None:
+        return jnp.maximum(batch.num_scored, least)
     scored = batch.score_mask if batch.scored is None else batch.scored.used
     counts = scored & (batch.item_weight > 0)[:, None]
     return jnp.maximum(counts.sum(dtype=jnp.float32), least)

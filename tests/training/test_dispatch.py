@@ -68,14 +68,13 @@ def test_a_model_with_sparse_attention_gives_the_same_bits():
     dispatch = jax.jit(make_dispatch(make_train_step(structure, lambda batch: batch, optimizer, training)))
     raws = jax.tree.map(lambda x: np.asarray(x)[:24].reshape(3, 1, 8, *x.shape[1:]), items())
     start = make_state(params, buffers, optimizer, seed=0)
-    at_once, metrics = dispatch(start, raws, np.int32(3))
+    at_once = dispatch(start, raws, np.int32(3))
     one_by_one = start
     for index in range(3):
         raw = jax.tree.map(lambda x, i=index: x[i : i + 1], raws)
-        one_by_one, last_metrics = dispatch(one_by_one, raw, np.int32(1))
+        one_by_one = dispatch(one_by_one, raw, np.int32(1))
     same = lambda tree: jax.tree.map(np.asarray, dataclasses.replace(tree, key=0))  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, same(one_by_one), same(at_once))
-    jax.tree.map(np.testing.assert_array_equal, last_metrics, metrics)
     assert int(at_once.step) == 3
 
 

@@ -37,8 +37,9 @@ class Tiles:
       groups: groups of channels a program of the forward pass works on.
       backward_lanes: as `lanes`, for the backward pass.
       backward_groups: the same for the backward pass.
-      programs: programs that fill the GPU; time is cut into as many chunks as that takes.
-      backward_programs: the same for the backward pass.
+      enough: programs that are enough without cutting time, which costs every exponential once more.
+      programs: with fewer, time is cut into as many chunks as make this many.
+      backward_programs: the same for the backward pass, whose programs are larger.
       keep_decays: whether the backward pass keeps a tile's decays in registers or computes them twice.
       pad: pad the inputs to whole tiles, for an interpreter that does not know reads beyond the end.
     """
@@ -48,7 +49,8 @@ class Tiles:
     groups: int = 1
     backward_lanes: int = 4
     backward_groups: int = 1
-    programs: int = 200
+    enough: int = 200
+    programs: int = 800
     backward_programs: int = 200
     keep_decays: bool = True
     pad: bool = False
@@ -61,7 +63,8 @@ class Tiles:
         tiles = pl.cdiv(length, self.steps)
         while True:
             width = WARPGROUP // lanes * groups
-            chunks = min(max(1, round(programs * width / (batch * channels))), tiles)
+            whole = batch * channels / width
+            chunks = 1 if whole >= self.enough else min(max(1, round(programs / whole)), tiles)
             # Wide programs do more with what they load; but every chunk joins those before it.
             if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
                 break
