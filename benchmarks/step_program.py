@@ -109,11 +109,13 @@ class StepProgram:
         self._read = make_read(training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members] or training.learning_rate
         self._rate: Any = np.asarray(rates, np.float32)
+        self._count: Any = np.int32(self.steps)
         if self._described:
             everywhere = replicated(self.mesh)
             self._rate = jax.ShapeDtypeStruct(self._rate.shape, self._rate.dtype, sharding=everywhere)
         else:
             self._rate = put_replicated(self.mesh, self._rate)
+            self._count = put_replicated(self.mesh, self._count)
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.beginning.shapes.params))
         self.seconds = {"build": time.perf_counter() - begin}
         self.compiled: Any = None
@@ -127,7 +129,7 @@ class StepProgram:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self.beginning.shapes
         )
-        lowered = self._update.lower(shapes, self._first_raws(), np.int32(self.steps), self._rate, None)
+        lowered = self._update.lower(shapes, self._first_raws(), self._count, self._rate, None)
         traced = time.perf_counter()
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
@@ -161,7 +163,7 @@ class StepProgram:
     def dispatch(self) -> dict[str, jax.Array]:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
         raws, self._next = self.next_raws(), None
-        self.state = self.compiled(self.state, raws, np.int32(self.steps), self._rate, None)
+        self.state = self.compiled(self.state, raws, self._count, self._rate, None)
         return self._read(self.state, self._rate)
 
     def _first_raws(self) -> Any:

@@ -50,8 +50,13 @@ def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False)
             # With one row to choose from, the batch would not depend on the turn: work would leave the loop.
             batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
 
+        # The same number, which the compiler does not know to be that of the turn: knowing it, the host would
+        # copy the batch, at another place in each turn, and a CUDA graph would be changed for it.
+        offset = count - length
+
         def body(index, state):
-            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
+            at = index + offset
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, keepdims=False), batches)
             # What surrounds an update must not be fused with it, nor rounded together.
             inputs = jax.lax.optimization_barrier((state, batch))
             return jax.lax.optimization_barrier(train_step(*inputs, *rest)[0])

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -147,6 +148,8 @@ class Run:
             population=bool(members),
             positions=self.positions,
         )
+        # Arrays that stay where they are: what moves in memory is changed in the CUDA graphs that use it.
+        self.count = functools.cache(lambda count: self._put(np.int32(count)))
         self.read = make_read(training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members or [experiment]]
         self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))
@@ -285,7 +288,7 @@ class Run:
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
-        self.state = self.update(self.state, raws, np.int32(count), self.peak, self.kept)
+        self.state = self.update(self.state, raws, self.count(count), self.peak, self.kept)
         self.step += count
         return self.read(self.state, self.peak)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hax_jax.layers.linear import lookup, matmul
+from hax_jax.layers.linear import lookup, matmul, split_matmul
 
 BF16 = jnp.bfloat16
 
@@ -40,6 +40,29 @@ def test_gradients_in_bfloat16_round_factors_and_not_sums():
     assert set(re.findall(r"dot_general.*\(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", lowered)) == {
         ("bf16", "bf16")
     }
+
+
+def test_blocks_of_a_product_and_their_gradients_are_those_of_the_whole():
+    """Narrow blocks share a product with the first, wherever they stand; others have their own."""
+    sizes, width = (70, 8, 65, 3), 146
+    x, kernel, weight = normal(0, 2, 50, 6), normal(1, 6, width), normal(2, 2, 50, width)
+
+    def gradient(whole):
+        def loss(x, kernel):
+            blocks = split_matmul(x, kernel, sizes, jnp.float32)
+            assert tuple(block.shape[-1] for block in blocks) == sizes
+            product = matmul(x, kernel, jnp.float32) if whole else jnp.concatenate(blocks, axis=-1)
+            return (product**2 * weight).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+    got, want = gradient(False)(x, kernel), gradient(True)(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, want)
+    products = re.findall(
+        r"dot_general.*?: \(tensor<([\dx]+)xf32>", gradient(False).lower(x, kernel).as_text()
+    )
+    # Forward one a block; backward two for each of (70, 8, 3) and (65,).
+    assert len(products) == len(sizes) + 4
 
 
 def test_gradient_of_a_lookup_is_that_of_take():

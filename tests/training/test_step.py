@@ -1,5 +1,6 @@
 """The update and the scoring of one batch, as pure functions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,13 @@ from flax import nnx
 from hax_jax.data import Batch, make_split
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.state import make_state, split_model
-from hax_jax.training.step import make_eval_step, make_train_step, sequence_accuracy, token_losses
+from hax_jax.training.step import (
+    counted,
+    make_eval_step,
+    make_train_step,
+    sequence_accuracy,
+    token_losses,
+)
 from tests.training.tiny import DATA, VOCAB_SIZE, TinyModel, TinyOutput, tiny_experiment
 
 
@@ -38,6 +45,34 @@ def setup(model=None, **training):
         for i in range(0, 96, rows)
     )
     return update, make_state(params, buffers, optimizer, seed=0), batches
+
+
+def test_gradient_of_the_loss_is_that_of_its_formula():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 7)) * 5, jnp.float32)
+    logits = logits.at[0, 0, 2].set(1e4).at[1, 1].set(-1e4)
+    batch = jax.tree.map(lambda x: x[:3], items())
+    batch = dataclasses.replace(
+        batch,
+        targets=jnp.asarray(np.arange(12).reshape(3, 4) % 7),
+        score_mask=jnp.ones((3, 4), bool).at[2, 3].set(False),
+        scored=None,
+    )
+
+    def formula(logits):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
+        return -(picked * batch.score_mask).sum()
+
+    value, gradient = jax.value_and_grad(lambda logits: token_losses(logits, batch).sum())(logits)
+    np.testing.assert_allclose(value, formula(logits), rtol=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(formula)(logits), rtol=1e-5, atol=1e-6)
+
+
+def test_a_count_known_ahead_changes_nothing():
+    update, state, batches = setup(grad_accumulation_steps=2, batch_size=8)
+    batch = next(batches)
+    got, want = update(state, jax.vmap(counted)(batch)), update(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
+    jax.tree.map(np.testing.assert_array_equal, got[0].params, want[0].params)
 
 
 def test_loss_and_accuracy_of_known_logits():
