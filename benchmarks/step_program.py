@@ -94,10 +94,11 @@ class StepProgram:
         self.beginning = initialise.prepare(experiment, None, make_optimizer(training), self.mesh)
         self.materialize = split_rows(self.mesh, split.materialize)
         members = experiment.members
-        self.steps = steps or steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
         self.members = max(len(members), 1)
         rows, row_length = split.row_shape(training.batch_size)
         self.positions = self.members * self._accumulation * rows * row_length
+        platform, share = self.mesh.devices.flat[0].platform, self.positions / self.mesh.size
+        self.steps = steps or steps_per_dispatch(training, platform, share)
         self._update = make_update(
             self.beginning,
             split.materialize,

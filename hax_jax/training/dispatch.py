@@ -1,5 +1,6 @@
 """Several updates in one program, so that the host has to start far fewer of them."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -19,14 +20,15 @@ from hax_jax.training.sharding import kernels_over, replicated, split_rows
 from hax_jax.training.step import counted, make_rated_step, metrics_of
 
 # Without a setting this is the most: enough that the host costs nothing, few enough that a signal is
-# heeded soon.
+# heeded soon. Updates of few positions take about a millisecond, and become one CUDA graph.
 _MOST_STEPS = 20
+_MOST_SMALL_STEPS = 100
 # The host runs ahead of a device by about this many seconds of steps, and no more dispatches than this.
 _AHEAD_SECONDS = 0.05
 _AHEAD_DISPATCHES = 16
 
 
-# Updates of no more positions on a device take so little that what lies between two of them counts.
+# An update of no more positions on a device takes so little that what lies between two of them counts.
 _FEW_POSITIONS = 1 << 17
 
 
@@ -114,7 +116,7 @@ def make_update(
         return unpack(dispatch(packed, batches, count, peak))
 
     # Nothing that the loop uses moves in memory: it returns what it was given, and raw batches end before it.
-    one_graph = positions <= _FEW_POSITIONS * mesh.size and training.steps_per_dispatch <= _MOST_STEPS
+    one_graph = positions <= _FEW_POSITIONS * mesh.size and training.steps_per_dispatch <= _MOST_SMALL_STEPS
     return jax.jit(
         kernels_over(mesh, steps),
         donate_argnums=0,
@@ -124,28 +126,37 @@ def make_update(
 
 
 def make_read(training: TrainingConfig, mesh: Mesh, *, population: bool) -> Any:
-    """The compiled program that finds the metrics in a state: read(state, peak) -> metrics, as `metrics_of`.
+    """A compiled program that finds the metrics in a state: read(state, peak) -> metrics, as `metrics_of`.
 
     Not part of `make_update`'s: a program's results have new memory each time, which XLA also lends to its
     loop, and the loop's CUDA graph would be made out anew for every dispatch.
     """
     read = functools.partial(metrics_of, training)
-    return jax.jit(jax.vmap(read) if population else read, out_shardings=replicated(mesh))
+    jitted = jax.jit(jax.vmap(read) if population else read, out_shardings=replicated(mesh))
+    # Every argument costs the host time: those that it does not look at are left out.
+    unused: dict[str, Any] = {"params": {}, "buffers": {}, "opt_state": None, "key": None, "bad_parts": {}}
+    return lambda state, peak: jitted(dataclasses.replace(state, **unused), peak)
 
 
-def steps_per_dispatch(training: TrainingConfig, platform: str) -> int:
+def steps_per_dispatch(training: TrainingConfig, platform: str, positions: float) -> int:
     """The setting, or where it is 0 a number that fits the run.
 
-    On a GPU or TPU that is the largest one up to 20 that divides `num_steps` and everything that happens
-    every so many steps, so that one program serves the whole run. A CPU starts a program in microseconds
-    and takes long over a step, so there it is 1.
+    On a GPU or TPU that is the largest one up to 20, or up to 100 where an update is small, that divides
+    `num_steps` and everything that happens every so many steps, so that one program serves the whole run. A
+    CPU starts a program in microseconds and takes long over a step, so there it is 1.
+
+    Args:
+      training: the settings.
+      platform: of the devices.
+      positions: of an update, on each device.
     """
     if training.steps_per_dispatch:
         return training.steps_per_dispatch
     if platform == "cpu":
         return 1
     common = math.gcd(training.num_steps, *_intervals(training))
-    return max(size for size in range(1, _MOST_STEPS + 1) if common % size == 0)
+    most = _MOST_SMALL_STEPS if positions <= _FEW_POSITIONS else _MOST_STEPS
+    return max(size for size in range(1, most + 1) if common % size == 0)
 
 
 def steps_until_due(step: int, training: TrainingConfig, most: int) -> int:

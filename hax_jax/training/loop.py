@@ -138,7 +138,8 @@ class Run:
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
         structure, members = self.beginning.structure, experiment.members
-        self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform)
+        platform, share = self.mesh.devices.flat[0].platform, self.positions / self.mesh.size
+        self.per_dispatch = steps_per_dispatch(training, platform, share)
         materialize = splits["train"].materialize
         self.update = make_update(
             self.beginning,

@@ -31,7 +31,7 @@ def test_gradients_are_those_of_the_formula(dtype):
         )
 
 
-def test_only_the_input_is_kept():
+def test_the_input_and_a_number_for_each_row_are_kept():
     x, weight = jnp.ones((3, 8)), jnp.ones(8)
     _, pull = jax.vjp(lambda x, weight: rms_norm(x, weight, 1e-5), x, weight)
-    assert sorted(array.shape for array in jax.tree.leaves(pull)) == [(3, 8), (8,)]
+    assert sorted(array.shape for array in jax.tree.leaves(pull)) == [(3, 1), (3, 8), (8,)]

@@ -85,18 +85,20 @@ def test_a_run_may_go_on_with_another_number(one_by_one, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "platform", "wanted"),
+    ("settings", "platform", "positions", "wanted"),
     [
-        ({}, "cuda", 20),
-        ({}, "cpu", 1),
-        ({"steps_per_dispatch": 7}, "cpu", 7),
-        ({"log_every_steps": 50, "eval_every_steps": 75}, "cuda", 5),
-        ({"num_steps": 12_345}, "cuda", 5),
-        ({"num_steps": 12_347}, "cuda", 1),
+        ({}, "cuda", 1 << 20, 20),
+        ({}, "cuda", 1 << 15, 100),
+        ({}, "cpu", 1 << 15, 1),
+        ({"steps_per_dispatch": 7}, "cpu", 1 << 15, 7),
+        ({"log_every_steps": 50, "eval_every_steps": 75}, "cuda", 1 << 20, 5),
+        ({"log_every_steps": 50, "eval_every_steps": 75}, "cuda", 1 << 15, 25),
+        ({"num_steps": 12_345}, "cuda", 1 << 20, 5),
+        ({"num_steps": 12_347}, "cuda", 1 << 15, 1),
     ],
 )
-def test_number_without_a_setting_divides_everything(settings, platform, wanted):
-    assert steps_per_dispatch(TrainingConfig(**settings), platform) == wanted
+def test_number_without_a_setting_divides_everything(settings, platform, positions, wanted):
+    assert steps_per_dispatch(TrainingConfig(**settings), platform, positions) == wanted
 
 
 def test_dispatches_end_where_something_is_due_and_begin_where_the_step_says():
