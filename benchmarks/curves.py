@@ -66,7 +66,9 @@ def run(record: Record, options: Options) -> None:
 
 def _compiled(name: str, options: Options) -> dict[str, StepProgram]:
     def compiled(form: str) -> StepProgram:
-        program = StepProgram(load(name, (*options.changes, *FORMS[form]), options.tiny))
+        # What is logged are means since the last log step: there must be none on the way.
+        changes = (*options.changes, *FORMS[form], f"training.log_every_steps={options.steps}")
+        program = StepProgram(load(name, changes, options.tiny))
         program.compile()
         return program
 

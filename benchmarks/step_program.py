@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.dispatch import make_read, make_update, steps_per_dispatch, take_raws
+from hax_jax.training.dispatch import in_one_graph, make_read, make_update, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.sharding import (
     batch_sharding,
@@ -105,7 +105,7 @@ class StepProgram:
             training,
             self.mesh,
             population=bool(members),
-            positions=self.positions,
+            one_graph=in_one_graph(self.steps, share),
         )
         self._read = make_read(training, self.mesh, population=bool(members))
         rates = [member.training.learning_rate for member in members] or training.learning_rate

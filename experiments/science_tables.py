@@ -142,7 +142,7 @@ def ladder(root: pathlib.Path) -> str | None:
 
 
 def precision(root: pathlib.Path) -> str | None:
-    """Runs of the full model, all with one seed and `_STEPS` steps, by routing and precision."""
+    """Runs of the full model, all with one seed and `_STEPS` steps, by routing, precision and rate."""
     kinds = ("routing", "precision")
     rows = []
     paths = [path for folder in _PRECISION_FOLDERS for path in sorted((root / results.FOLDER).glob(folder))]
@@ -158,11 +158,13 @@ def precision(root: pathlib.Path) -> str | None:
                 valid = run["curve"]["valid"]
                 early = [f"{100 * x:.1f}%" for x in results.thinned(valid["accuracy"], 5)[:-1]]
                 accuracy = f"{100 * run['test']['accuracy']:.1f}%"
-                rows.append([*(model[kind] for kind in kinds), link, *early, accuracy])
+                rate = run.get("learning_rate") or result["config"]["training"]["learning_rate"]
+                rows.append([*(model[kind] for kind in kinds), rate, link, *early, accuracy])
                 steps = results.thinned(valid["step"], 5)[:-1]
     if not rows:
         return None
-    return _table((*kinds, "run", *(f"after {step:,}" for step in steps), f"test, {_STEPS:,}"), sorted(rows))
+    names = (*kinds, "rate", "run")
+    return _table((*names, *(f"after {step:,}" for step in steps), f"test, {_STEPS:,}"), sorted(rows))
 
 
 def _mean(curves: Iterable[dict[str, list[float]]], name: str) -> float | None:

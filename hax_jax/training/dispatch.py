@@ -76,7 +76,7 @@ def make_update(
     mesh: Mesh,
     *,
     population: bool,
-    positions: int,
+    one_graph: bool,
 ) -> Any:
     """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> state.
 
@@ -91,7 +91,7 @@ def make_update(
       mesh: the devices, which hold the state whole.
       population: whether state, metrics and `peak` have a leading axis of members. All take the same
         batches, as they do alone: these depend on the data's seed.
-      positions: of an update, those of all members and accumulated batches together.
+      one_graph: whether the updates of a dispatch become one CUDA graph, as `in_one_graph` says.
 
     Returns:
       A jitted function, which takes over the memory of the state.
@@ -116,13 +116,22 @@ def make_update(
         return unpack(dispatch(packed, batches, count, peak))
 
     # Nothing that the loop uses moves in memory: it returns what it was given, and raw batches end before it.
-    one_graph = positions <= _FEW_POSITIONS * mesh.size and training.steps_per_dispatch <= _MOST_SMALL_STEPS
     return jax.jit(
         kernels_over(mesh, steps),
         donate_argnums=0,
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(platform, one_graph=one_graph),
     )
+
+
+def in_one_graph(count: int, positions: float) -> bool:
+    """Whether a dispatch should be one CUDA graph: where there are a few small updates.
+
+    Args:
+      count: updates in it. The loop over one of them has no known length (`make_dispatch`).
+      positions: of an update, on each device, those of all members and accumulated batches together.
+    """
+    return 1 < count <= _MOST_SMALL_STEPS and positions <= _FEW_POSITIONS
 
 
 def make_read(training: TrainingConfig, mesh: Mesh, *, population: bool) -> Any:

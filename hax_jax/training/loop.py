@@ -21,6 +21,7 @@ from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
 from hax_jax.training.dispatch import (
     dispatches_ahead,
+    in_one_graph,
     make_read,
     make_update,
     steps_per_dispatch,
@@ -138,17 +139,12 @@ class Run:
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
         structure, members = self.beginning.structure, experiment.members
-        platform, share = self.mesh.devices.flat[0].platform, self.positions / self.mesh.size
-        self.per_dispatch = steps_per_dispatch(training, platform, share)
+        self.share = self.positions / self.mesh.size
+        self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform, self.share)
         materialize = splits["train"].materialize
-        self.update = make_update(
-            self.beginning,
-            materialize,
-            training,
-            self.mesh,
-            population=bool(members),
-            positions=self.positions,
-        )
+        make = functools.partial(make_update, self.beginning, materialize, training, self.mesh)
+        # By whether a dispatch is one graph.
+        self.update = functools.cache(lambda is_one: make(population=bool(members), one_graph=is_one))
         # Arrays that stay where they are: what moves in memory is changed in the CUDA graphs that use it.
         self.count = functools.cache(lambda count: self._put(np.int32(count)))
         self.read = make_read(training, self.mesh, population=bool(members))
@@ -289,7 +285,8 @@ class Run:
         if self.mesh.size > 1:
             # One device takes NumPy arrays as they are, ten times faster than through device_put.
             raws = put_batch(self.mesh, raws, axis=2)
-        self.state = self.update(self.state, raws, self.count(count), self.peak, self.kept)
+        update = self.update(in_one_graph(count, self.share))
+        self.state = update(self.state, raws, self.count(count), self.peak, self.kept)
         self.step += count
         return self.read(self.state, self.peak)
 

@@ -198,12 +198,14 @@ def test_the_goals_come_first():
 
 def test_curves_of_each_form_and_their_distance(tmp_path):
     path = tmp_path / "curves.json"
-    assert run("curves", "--tiny", f"--out={path}", "--steps=12") == 0
+    # Logging on the way begins the means anew, which must not be seen in the losses.
+    assert run("curves", "--tiny", f"--out={path}", "--steps=12", "--set=training.log_every_steps=4") == 0
     by_id = {m["id"]: m for m in read(path, "curves")["measurements"]}
     plain = by_id["mamba2_hax/plain"]
     # The first dispatch is the warm-up, and points are differences of means from then on.
     assert plain["every"] == 2 and len(plain["loss"]) == 12 // 2 - 2
-    assert all(0 < loss < 20 for loss in plain["loss"])
+    # No model has learned anything yet: losses are about that of a uniform guess among 100 tokens.
+    assert all(abs(loss - np.log(100)) < 1 for loss in plain["loss"])
     # Without a GPU the default form is the plain one, and float32 rounds otherwise.
     distances = by_id["mamba2_hax"]["distance_from_plain"]
     assert distances["default"]["largest_point"] == 0

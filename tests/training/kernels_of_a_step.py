@@ -39,7 +39,9 @@ def kernels(batch_size: int, mesh: jax.sharding.Mesh, members: int) -> list[str]
         shapes, rates = jax.tree.map(stack, (beginning.shapes, rates))
         beginning = dataclasses.replace(beginning, shapes=shapes)
     raws = put_batch(mesh, take_raws(split.iterator(batch_size, repeat=True), 1, 1), axis=2)
-    update = make_update(beginning, split.materialize, training, mesh, population=bool(members), positions=1)
+    update = make_update(
+        beginning, split.materialize, training, mesh, population=bool(members), one_graph=False
+    )
     traced = update.trace(beginning.shapes, raws, np.int32(1), rates, None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return sorted(re.findall(r"custom_call @mosaic_gpu.* : (\(tensor.*)$", text, re.MULTILINE))

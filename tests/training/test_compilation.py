@@ -45,7 +45,7 @@ def test_an_update_returns_nothing_that_it_was_not_given():
     split = make_split(experiment.data, "train", mesh.size)
     beginning = prepare(experiment, TinyModel(), make_optimizer(training), mesh)
     raws = take_raws(split.iterator(training.batch_size, repeat=True), 3, 1)
-    update = make_update(beginning, split.materialize, training, mesh, population=False, positions=1)
+    update = make_update(beginning, split.materialize, training, mesh, population=False, one_graph=True)
     lowered = update.lower(beginning.shapes, raws, np.int32(3), np.float32(1e-3), None)
     results = jax.tree.leaves(lowered.out_info)
     assert len(re.findall(r"tf\.aliasing_output", lowered.as_text())) == len(results) > 10

@@ -13,7 +13,7 @@ from hax_jax.data.dataset import Plan, create_dataset
 from hax_jax.models import build_model
 from hax_jax.training import make_optimizer, train
 from hax_jax.training.checkpoints import Checkpoints
-from hax_jax.training.dispatch import make_dispatch, steps_per_dispatch, steps_until_due
+from hax_jax.training.dispatch import in_one_graph, make_dispatch, steps_per_dispatch, steps_until_due
 from hax_jax.training.state import make_state, split_model
 from hax_jax.training.step import make_train_step
 from tests.training.test_loop import _interrupt_at
@@ -99,6 +99,14 @@ def test_a_run_may_go_on_with_another_number(one_by_one, tmp_path):
 )
 def test_number_without_a_setting_divides_everything(settings, platform, positions, wanted):
     assert steps_per_dispatch(TrainingConfig(**settings), platform, positions) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "positions", "wanted"),
+    [(100, 1 << 17, True), (2, 1, True), (1, 1, False), (101, 1, False), (100, (1 << 17) + 1, False)],
+)
+def test_a_few_small_updates_are_one_graph(count, positions, wanted):
+    assert in_one_graph(count, positions) == wanted
 
 
 def test_dispatches_end_where_something_is_due_and_begin_where_the_step_says():
