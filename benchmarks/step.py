@@ -245,7 +245,8 @@ def _measure(
 
 def _time(program: StepProgram, options: Options) -> tuple[dict[str, Any], float]:
     """Seconds a step, and real tokens a step, over samples of about `steps` updates."""
-    dispatches = max(-(-options.steps // program.steps), 1)
+    # What is between two dispatches counts too.
+    dispatches = max(-(-options.steps // program.steps), 3)
     tokens: list[float] = []
 
     def sample() -> float:

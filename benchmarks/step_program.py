@@ -165,6 +165,8 @@ class StepProgram:
         """Starts `steps` updates and returns the metrics of the last, without waiting for them."""
         raws, self._next = self.next_raws(), None
         self.state = self.compiled(self.state, raws, self._count, self._rate, None)
+        # While the device is busy, as in a run.
+        self.next_raws()
         return self._read(self.state, self._rate)
 
     def _first_raws(self) -> Any:

@@ -279,7 +279,8 @@ class TrainingConfig(Checked):
     checkpoint_every_steps: int = integer(1_000, 1)
     # Updates refused for a loss or gradient that is not finite, their batches skipped, before the run stops.
     max_refused_updates: int = integer(10, 0)
-    # Updates in one compiled program; 0: as many as suit the device and the intervals above. Same results.
+    # Updates in one compiled program; 0: as many as suit the device, the intervals above and the size of an
+    # update. The same results but for rounding on a GPU.
     steps_per_dispatch: int = integer(0, 0, 10_000)
     tensorboard: bool = flag(True)
     # A population: every learning rate with every seed, trained side by side in one program.

@@ -1,7 +1,7 @@
 """One interface to both forms of the data: Grain for order and iterator state, one pure function to a Batch.
 
 The host only counts items (and for a data set reads them); everything else happens inside the compiled
-step, where `Split.materialize` turns what the iterator yields into a `Batch`.
+program, where `Split.materialize` turns what the iterator yields into a `Batch`.
 """
 
 import abc
@@ -109,7 +109,7 @@ class Split(abc.ABC):
 
     @jax.named_scope("materialize")
     def materialize(self, raw: RawBatch) -> Batch:
-        """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted step.
+        """Makes the batch; a pure JAX function with static shapes, to be traced inside a jitted program.
 
         With `config.packing` the batch has to begin as one of the iterator does, at a multiple of its size.
         """

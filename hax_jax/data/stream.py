@@ -1,4 +1,4 @@
-"""Joint recall made on the device: item = f(seed, split, index), inside the compiled step.
+"""Joint recall made on the device: item = f(seed, split, index), inside the compiled program.
 
 The items have the distribution of the published generator (values uniform and independent, every order of
 contexts and keys uniform and independent) but a random stream of their own: nothing is stored, nothing

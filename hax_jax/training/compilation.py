@@ -38,11 +38,12 @@ def keep_programs(folder: str | None = None) -> None:
 
 
 def compiler_options(platform: str, *, one_graph: bool = False) -> dict[str, Any] | None:
-    """What XLA is told about the programs of training and evaluation beyond its own defaults.
+    """What XLA is told about updates and the scoring of batches beyond its own defaults.
 
     On a GPU kernels of a CUDA graph that do not depend on each other may run side by side: most are too small
-    to fill the device. Results keep their bits, memory is used again less soon. A mode named in XLA_FLAGS
-    (`--xla_gpu_command_buffer_scheduling_mode=SERIALIZE`) is left as it is, and so is all else then.
+    to fill the device. Results keep their bits, memory is used again less soon. Where XLA_FLAGS says how
+    graphs are made (`--xla_gpu_command_buffer_scheduling_mode=SERIALIZE`, or
+    `--xla_gpu_enable_command_buffer=`), all is left as it says.
 
     Args:
       platform: of the devices.
@@ -50,7 +51,8 @@ def compiler_options(platform: str, *, one_graph: bool = False) -> dict[str, Any
         kernels do. To make out such a graph takes 6 us a kernel: nothing that the loop uses may move in
         memory from call to call, and its turns have to be few and small.
     """
-    if platform not in ("gpu", "cuda") or _SCHEDULING in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if platform not in ("gpu", "cuda") or _SCHEDULING in flags or _IN_GRAPHS in flags:
         return None
     options: dict[str, Any] = {_SCHEDULING: "CONCURRENT"}
     if one_graph:

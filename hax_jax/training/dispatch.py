@@ -23,13 +23,13 @@ from hax_jax.training.step import counted, make_rated_step, metrics_of
 # heeded soon. Updates of few positions take about a millisecond, and become one CUDA graph.
 _MOST_STEPS = 20
 _MOST_SMALL_STEPS = 100
+# An update of no more positions on a device takes so little that what lies between two of them counts.
+_FEW_POSITIONS = 1 << 17
+# Batches of no more positions in all are made side by side.
+_SIDE_BY_SIDE = 1 << 23
 # The host runs ahead of a device by about this many seconds of steps, and no more dispatches than this.
 _AHEAD_SECONDS = 0.05
 _AHEAD_DISPATCHES = 16
-
-
-# An update of no more positions on a device takes so little that what lies between two of them counts.
-_FEW_POSITIONS = 1 << 17
 
 
 def make_dispatch(train_step: Callable[..., Any], *, known_length: bool = False) -> Callable[..., Any]:
@@ -81,8 +81,9 @@ def make_update(
     """The compiled program that a run calls: steps(state, raws, count, peak, kept) -> state.
 
     Inside it small parameters are one vector (`FlatStructure`); states are taken and given tensor by tensor.
-    The batches of all updates are made at once before the first, so that none waits for its data: a few
-    bytes for each of count * grad_accumulation_steps * b * t positions.
+    The batches of all updates are made before the first, so that none waits for its data. They take up to 20
+    bytes for each of count * grad_accumulation_steps * b * t positions, and while they are made side by side
+    about as much again; many positions are made batch by batch.
 
     Args:
       beginning: what is known of the run.
@@ -91,7 +92,8 @@ def make_update(
       mesh: the devices, which hold the state whole.
       population: whether state, metrics and `peak` have a leading axis of members. All take the same
         batches, as they do alone: these depend on the data's seed.
-      one_graph: whether the updates of a dispatch become one CUDA graph, as `in_one_graph` says.
+      one_graph: whether the updates of a dispatch become one CUDA graph, as `in_one_graph` says. On several
+        devices they do not: what passes between them is no part of graphs.
 
     Returns:
       A jitted function, which takes over the memory of the state.
@@ -110,7 +112,7 @@ def make_update(
     prepare = split_rows(mesh, materialize)
 
     def steps(state, raws, count, peak, kept):
-        batches = jax.vmap(jax.vmap(lambda raw: counted(prepare({**raw, **(kept or {})}))))(raws)
+        batches = _make(lambda raw: counted(prepare({**raw, **(kept or {})})), raws, platform)
         # What is made here must not be fused with the updates, or it would be made anew in each.
         packed, batches = jax.lax.optimization_barrier((pack(state), batches))
         return unpack(dispatch(packed, batches, count, peak))
@@ -120,8 +122,17 @@ def make_update(
         kernels_over(mesh, steps),
         donate_argnums=0,
         out_shardings=replicated(mesh),
-        compiler_options=compiler_options(platform, one_graph=one_graph),
+        compiler_options=compiler_options(platform, one_graph=one_graph and mesh.size == 1),
     )
+
+
+def _make(prepare: Callable[[Any], Batch], raws: Any, platform: str) -> Batch:
+    """Batches with the leading axes of `raws`, (count, accumulation)."""
+    leading = jax.tree.leaves(raws)[0].shape[:2]
+    one = jax.eval_shape(prepare, jax.tree.map(lambda x: x[0, 0], raws))
+    if platform != "cpu" and math.prod(leading) * one.tokens.size <= _SIDE_BY_SIDE:
+        return jax.vmap(jax.vmap(prepare))(raws)
+    return jax.lax.map(lambda several: jax.lax.map(prepare, several), raws)
 
 
 def in_one_graph(count: int, positions: float) -> bool:

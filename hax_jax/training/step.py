@@ -52,8 +52,7 @@ def _cross_entropy_backward(saved, d_loss):
     logits, targets = saved
     # Behind a barrier a softmax from the logits on is one kernel, and not the loss' kernels and one more.
     probabilities = jax.nn.softmax(jax.lax.optimization_barrier(logits), axis=-1)
-    with jax.named_scope("loss"):
-        return (probabilities - _is_target(logits, targets)) * d_loss[..., None], None
+    return (probabilities - _is_target(logits, targets)) * d_loss[..., None], None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -134,10 +133,12 @@ def metrics_of(training: TrainingConfig, state: TrainState, peak: Any = None) ->
       peak: as in `learning_rate_schedule`.
     """
     metrics = {name: state.sums[name] / state.sums["steps"] for name in SUMMED if name != "steps"}
-    # An update that was made counts from now on; the rate was that of those before it.
-    made = (state.bad_step != state.step - 1).astype(jnp.int32)
+    # The rate was that of the updates before this one. It was made and counts now; or it was refused; or its
+    # refusal ended the run, and not even the step was made.
+    ended, skipped = state.bad_step == state.step, state.bad_step == state.step - 1
+    before = jnp.where(ended, 1, jnp.where(skipped, 0, -1))
     schedule = learning_rate_schedule(training, peak)
-    metrics["learning_rate"] = schedule(state.step - state.refused - made)
+    metrics["learning_rate"] = schedule(state.step - state.refused + before)
     return metrics | {"refused": state.refused, "bad_step": state.bad_step}
 
 

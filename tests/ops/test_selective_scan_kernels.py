@@ -196,3 +196,20 @@ def test_kernels_equal_the_chunked_form_at_the_tasks_size():
     want = run(xla.selective_scan, inputs, None, 64, False)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "forward", "backward"),
+    [
+        # The batch of the task, padded and packed; rows that nearly fill the device; single rows.
+        (64, 1057, 1, 1),
+        (25, 1280, 8, 2),
+        (49, 1280, 1, 1),
+        (1, 4096, 43, 43),
+        (1, 65_536, 50, 50),
+    ],
+)
+def test_time_is_cut_where_rows_do_not_fill_the_device(rows, length, forward, backward):
+    x = jnp.zeros((rows, length, 128), jnp.bfloat16)
+    plans = [Tiles().plan(x, 16, length, True, backward=is_backward) for is_backward in (False, True)]
+    assert [plan.chunks for plan in plans] == [forward, backward]

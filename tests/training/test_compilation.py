@@ -25,8 +25,9 @@ def test_a_gpu_s_kernels_may_run_side_by_side_and_a_loop_is_one_graph_where_aske
     assert "WHILE" in options.pop("xla_gpu_enable_command_buffer").split(",") and not options
 
 
-def test_a_mode_in_xla_flags_is_left_as_it_is(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{SCHEDULING}=SERIALIZE")
+@pytest.mark.parametrize("flag", [f"{SCHEDULING}=SERIALIZE", "xla_gpu_enable_command_buffer="])
+def test_what_xla_flags_say_of_graphs_is_left_as_it_is(flag, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{flag}")
     assert compiler_options("cuda", one_graph=True) is None
 
 

@@ -15,7 +15,7 @@ from hax_jax.training import make_optimizer, train
 from hax_jax.training.checkpoints import Checkpoints
 from hax_jax.training.dispatch import in_one_graph, make_dispatch, steps_per_dispatch, steps_until_due
 from hax_jax.training.state import make_state, split_model
-from hax_jax.training.step import make_train_step
+from hax_jax.training.step import make_train_step, metrics_of
 from tests.training.test_loop import _interrupt_at
 from tests.training.test_step import items
 from tests.training.tiny import (
@@ -61,6 +61,17 @@ def test_dispatches_of_any_length_give_the_same_bits(one_by_one, tmp_path, count
     assert_same_bits(tmp_path, one_by_one)
 
 
+def test_long_dispatches_of_accumulated_batches_give_the_same_bits(tmp_path):
+    """Nothing is due on the way: all six updates are one dispatch, each of two batches."""
+    intervals = dict.fromkeys(("log_every_steps", "eval_every_steps", "checkpoint_every_steps"), 6)
+    for name, count in (("one", 1), ("all", 6)):
+        experiment = tiny_experiment(
+            steps_per_dispatch=count, num_steps=6, grad_accumulation_steps=2, **intervals
+        )
+        train(experiment, tmp_path / name, model=TinyModel())
+    assert_same_bits(tmp_path / "all", tmp_path / "one")
+
+
 def test_a_model_with_sparse_attention_gives_the_same_bits():
     structure, params, buffers = split_model(build_model(HAX, rngs=nnx.Rngs(0)))
     training = tiny_experiment(num_steps=8, warmup_steps=0, log_every_steps=8).training
@@ -75,6 +86,8 @@ def test_a_model_with_sparse_attention_gives_the_same_bits():
         one_by_one = dispatch(one_by_one, raw, np.int32(1))
     same = lambda tree: jax.tree.map(np.asarray, dataclasses.replace(tree, key=0))  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, same(one_by_one), same(at_once))
+    metrics = [jax.jit(lambda state: metrics_of(training, state))(x) for x in (one_by_one, at_once)]
+    jax.tree.map(np.testing.assert_array_equal, *metrics)
     assert int(at_once.step) == 3
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from hax_jax.data import Batch, make_split
-from hax_jax.training.optimizer import make_optimizer
+from hax_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hax_jax.training.state import make_state, split_model
 from hax_jax.training.step import (
     counted,
@@ -224,7 +224,8 @@ def test_after_a_refused_batch_goes_on_as_if_it_had_not_been_there(where):
     batches = list(setup()[2])[:6]
     sums = [int(batches[i].tokens.sum()) for i in (1, 3)]
     model = Breaking(where, sums)
-    update, state, _ = setup(model, warmup_steps=0, log_every_steps=6)
+    # In a warm-up every rate is another.
+    update, state, _ = setup(model, warmup_steps=20, log_every_steps=6)
     other = state
     for batch in batches:
         state, metrics = update(state, batch)
@@ -237,7 +238,20 @@ def test_after_a_refused_batch_goes_on_as_if_it_had_not_been_there(where):
     for name in ("params", "buffers", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(other, name))
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
-    assert metrics["learning_rate"] == other_metrics["learning_rate"]
+    assert metrics["learning_rate"] == other_metrics["learning_rate"] > 0
+
+
+def test_the_rate_of_a_refused_update_is_the_one_it_would_have_had():
+    update, state, raws = setup(Breaking("loss"), warmup_steps=20, max_refused_updates=1)
+    schedule = learning_rate_schedule(tiny_experiment(warmup_steps=20).training)
+    for _ in range(6):
+        before = int(state.step - state.refused)
+        state, metrics = update(state, next(raws))
+        np.testing.assert_allclose(metrics["learning_rate"], schedule(before), rtol=1e-6)
+        if int(state.refused) > 1:
+            break
+    # Up to the refusal that ends the run, whose step is not made.
+    assert int(state.refused) == 2 and int(state.bad_step) == int(state.step)
 
 
 def test_metrics_of_an_interval_without_an_update_are_undefined():

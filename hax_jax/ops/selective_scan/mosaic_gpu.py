@@ -37,8 +37,10 @@ class Tiles:
       groups: groups of channels a program of the forward pass works on.
       backward_lanes: as `lanes`, for the backward pass.
       backward_groups: the same for the backward pass.
-      enough: programs that are enough without cutting time, which costs every exponential once more.
-      programs: with fewer, time is cut into as many chunks as make this many.
+      enough: programs that fill the GPU. Where rows give about as many, time is not cut: that costs every
+        exponential once more.
+      programs: where time is cut, it is into as many chunks as make this many, so that programs hide each
+        other's waiting; but into no more than 16 for that, since every chunk joins those before it.
       backward_programs: the same for the backward pass, whose programs are larger.
       keep_decays: whether the backward pass keeps a tile's decays in registers or computes them twice.
       pad: pad the inputs to whole tiles, for an interpreter that does not know reads beyond the end.
@@ -64,7 +66,10 @@ class Tiles:
         while True:
             width = WARPGROUP // lanes * groups
             whole = batch * channels / width
-            chunks = 1 if whole >= self.enough else min(max(1, round(programs / whole)), tiles)
+            chunks = round(self.enough / whole)
+            if chunks > 1:
+                chunks = max(chunks, min(round(programs / whole), MANY_CHUNKS))
+            chunks = min(max(chunks, 1), tiles)
             # Wide programs do more with what they load; but every chunk joins those before it.
             if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
                 break
