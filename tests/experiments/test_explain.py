@@ -96,7 +96,7 @@ def test_a_model_without_sources_is_refused(tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
-def test_runs_by_routing_and_precision_are_those_of_one_seed_and_length(tmp_path):
+def test_runs_by_routing_precision_and_rate_are_those_of_one_seed_and_length(tmp_path):
     def model(routing, precision, sparse="sign_bin_lsh+key_selection"):
         return {"arch": "mamba2", "sparse_arch": sparse, "routing": routing, "precision": precision}
 
@@ -110,18 +110,22 @@ def test_runs_by_routing_and_precision_are_those_of_one_seed_and_length(tmp_path
 
     alone, table = tmp_path / "results" / "joint_recall", tmp_path / "results" / "table3" / "parity_40000"
     assert science_tables.precision(tmp_path) is None
-    config = {"model": model("causal", "bfloat16"), "seed": 0}
+    training = {"learning_rate": 0.002}
+    config = {"model": model("causal", "bfloat16"), "seed": 0, "training": training}
     write(alone / "one.json", config=config, steps=40_000, **run())
     write(alone / "longer.json", config=config, steps=80_000, **run())
     write(alone / "other_seed.json", config={**config, "seed": 1}, steps=40_000, **run())
-    plain = {"model": model("causal", "bfloat16", "none"), "seed": 0}
+    plain = {"model": model("causal", "bfloat16", "none"), "seed": 0, "training": training}
     write(alone / "plain.json", config=plain, steps=40_000, **run())
-    cell = {"model": model("parity", "bfloat16")}
-    write(table / "hax.json", config=cell, steps=40_000, runs=[run(seed=1), run(seed=0)])
+    # A cell's settings have no rate: its runs have.
+    cell = {"model": model("parity", "bfloat16"), "training": {}}
+    runs = [run(seed=1, learning_rate=0.002), *(run(seed=0, learning_rate=rate) for rate in (0.003, 0.001))]
+    write(table / "hax.json", config=cell, steps=40_000, runs=runs)
     lines = science_tables.precision(tmp_path).strip().splitlines()
     assert lines[2:] == [
-        "| causal | bfloat16 | [`one`](../results/joint_recall/one.json) | 25.0% | 75.0% |",
-        "| parity | bfloat16 | [`hax`](../results/table3/parity_40000/hax.json) | 25.0% | 75.0% |",
+        "| causal | bfloat16 | 0.002 | [`one`](../results/joint_recall/one.json) | 25.0% | 75.0% |",
+        "| parity | bfloat16 | 0.001 | [`hax`](../results/table3/parity_40000/hax.json) | 25.0% | 75.0% |",
+        "| parity | bfloat16 | 0.003 | [`hax`](../results/table3/parity_40000/hax.json) | 25.0% | 75.0% |",
     ]
 
 
