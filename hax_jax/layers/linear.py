@@ -50,10 +50,15 @@ def _matmul_forward(x, kernel, dtype):
 
 def _matmul_backward(dtype, saved, d_y):
     x, kernel, like = saved
+    d_x, d_kernel = _gradients(x, kernel, d_y, dtype)
+    return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+
+
+def _gradients(x, kernel, d_y, dtype):
+    """Those of x (rounded to `dtype`) and W, at least float32."""
     d_y = d_y.astype(dtype)
     d_x = einsum("...o,io->...i", d_y, kernel.astype(dtype))
-    d_kernel = _sum_of_products(x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
-    return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+    return d_x, _sum_of_products(x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -65,12 +70,11 @@ def split_matmul(
     Kernels take whole arrays: a block of the columns of one product would be copied for them.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    ends = list(itertools.accumulate(sizes))[:-1]
     # Behind a barrier the compiler does not see that the products share a factor, and leaves them apart.
     factors = jax.lax.optimization_barrier((x,) * len(sizes))
     return tuple(
         einsum("...i,io->...o", factor, block)
-        for factor, block in zip(factors, jnp.split(kernel, ends, axis=1), strict=True)
+        for factor, block in zip(factors, _columns(kernel, sizes), strict=True)
     )
 
 
@@ -82,19 +86,22 @@ def _split_matmul_forward(x, kernel, sizes, dtype):
 def _split_matmul_backward(sizes, dtype, saved, d_blocks):
     x, kernel, like = saved
     d_blocks = [d_block.astype(dtype) for d_block in d_blocks]
-    kernels = jnp.split(kernel.astype(dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
+    kernels = _columns(kernel, sizes)
     groups = _multiplied_together(sizes)
     join = lambda blocks, group: jnp.concatenate([blocks[i] for i in group], axis=-1)  # noqa: E731
     d_x: Any = 0
     d_kernels: dict[int, Any] = {}
     for group, factor in zip(groups, jax.lax.optimization_barrier((x,) * len(groups)), strict=True):
-        d_y = join(d_blocks, group)
-        d_x += einsum("...o,io->...i", d_y, join(kernels, group))
-        d_kernel = _sum_of_products(factor.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
-        ends = list(itertools.accumulate(sizes[i] for i in group))[:-1]
-        d_kernels |= zip(group, jnp.split(d_kernel, ends, axis=1), strict=True)
+        part, d_kernel = _gradients(factor, join(kernels, group), join(d_blocks, group), dtype)
+        d_x += part
+        d_kernels |= zip(group, _columns(d_kernel, [sizes[i] for i in group]), strict=True)
     d_kernel = jnp.concatenate([d_kernels[i] for i in range(len(sizes))], axis=1)
     return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
+
+
+def _columns(kernel, sizes):
+    """Blocks of so many columns each."""
+    return jnp.split(kernel, list(itertools.accumulate(sizes))[:-1], axis=1)
 
 
 def _multiplied_together(sizes):

@@ -38,7 +38,7 @@ def check(op: str) -> None:
     dispatch.check_mosaic_gpu(op, None, interpreted=interpret is not None)
 
 
-def compare(step, own, others, initial, segment_ids, shape, *, past_only=False, in_parts=False):
+def compare(step, own, others, initial, segment_ids, *, past_only=False, in_parts=False):
     """Runs a loop over the positions of each position's segment, in order.
 
     Args:
@@ -49,7 +49,6 @@ def compare(step, own, others, initial, segment_ids, shape, *, past_only=False, 
       others: integers of the positions looked at, (b, t) int32 each.
       initial: the state at the start, one int for each result.
       segment_ids: (b, t), or None for one segment a row.
-      shape: (b, t).
       past_only: `step` takes nothing of positions after the looking one, so that they may be left out, and
         need not be told apart by `together`.
       in_parts: cut the loops into parts that all begin with `initial`, for results that are sums over them.
@@ -57,6 +56,7 @@ def compare(step, own, others, initial, segment_ids, shape, *, past_only=False, 
     Returns:
       The state after each part, (parts, b, t) int32 each; one part unless `in_parts`.
     """
+    shape = others[0].shape
     ids = segments.as_array(segment_ids, shape)
     begin, end = segments.begins(ids), segments.ends(ids)
     bounds = _bounds(begin, end, past_only, MAX_PARTS if in_parts else 1)

@@ -112,7 +112,7 @@ def make_update(
     prepare = split_rows(mesh, materialize)
 
     def steps(state, raws, count, peak, kept):
-        batches = _make(lambda raw: counted(prepare({**raw, **(kept or {})})), raws, platform)
+        batches = _make_batches(lambda raw: counted(prepare({**raw, **(kept or {})})), raws, platform)
         # What is made here must not be fused with the updates, or it would be made anew in each.
         packed, batches = jax.lax.optimization_barrier((pack(state), batches))
         return unpack(dispatch(packed, batches, count, peak))
@@ -126,7 +126,7 @@ def make_update(
     )
 
 
-def _make(prepare: Callable[[Any], Batch], raws: Any, platform: str) -> Batch:
+def _make_batches(prepare: Callable[[Any], Batch], raws: Any, platform: str) -> Batch:
     """Batches with the leading axes of `raws`, (count, accumulation)."""
     leading = jax.tree.leaves(raws)[0].shape[:2]
     one = jax.eval_shape(prepare, jax.tree.map(lambda x: x[0, 0], raws))

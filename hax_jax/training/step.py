@@ -71,16 +71,15 @@ def sequence_accuracy(logits: Float[Array, "b s v"], batch: Batch) -> Float[Arra
 
 def make_train_step(
     structure: ModelStructure | FlatStructure,
-    materialize: Callable[[Any], Batch],
     optimizer: optax.GradientTransformation,
     training: TrainingConfig,
     peak: Any = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Sums]]:
-    """The update of a run: train_step(state, raw) -> (state, metrics).
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """The update of a run: train_step(state, batches) -> (state, metrics).
 
-    loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss. `raw` has
-    leading axes (grad_accumulation_steps, batch_size); the losses of its batches are joined so that the
-    gradient is that of one batch of all their rows. An update whose loss or gradient is not finite is
+    loss = cross-entropy averaged over all scored positions + `gate_loss_weight` * gate loss. `batches` is a
+    `Batch` with a leading axis of grad_accumulation_steps; their losses are joined so that the gradient is
+    that of one batch of all their rows. An update whose loss or gradient is not finite is
     refused: the state stays the last good one, the batch is skipped and counted, and the step counts as made.
     The refusal after `max_refused_updates` of them ends the run: from then on nothing changes any more.
 
@@ -91,7 +90,6 @@ def make_train_step(
 
     Args:
       structure: the module without its arrays.
-      materialize: from a raw batch to a `Batch`, traced inside the step.
       optimizer: from gradients to updates.
       training: the other settings.
       peak: as in `learning_rate_schedule`, for the metrics.
@@ -101,15 +99,15 @@ def make_train_step(
     """
     gradient = jax.grad(_make_objective(structure, training), has_aux=True)
 
-    def train_step(state, raw):
+    def train_step(state, batches):
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.TRAIN), state.step)
         if training.grad_accumulation_steps == 1:
-            batch = materialize(jax.tree.map(lambda x: x[0], raw))
+            batch = jax.tree.map(lambda x: x[0], batches)
             grads, (parts, buffers) = gradient(
                 state.params, state.buffers, batch, jax.random.fold_in(key, 0), _num_scored(batch)
             )
         else:
-            grads, parts, buffers = _accumulate(gradient, materialize, state, raw, key)
+            grads, parts, buffers = _accumulate(gradient, state, batches, key)
         with jax.named_scope("update"):
             parts |= {"grad_norm": optax.global_norm(grads), "steps": jnp.float32(1.0)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -145,7 +143,7 @@ def metrics_of(training: TrainingConfig, state: TrainState, peak: Any = None) ->
 def make_rated_step(
     structure: ModelStructure | FlatStructure, training: TrainingConfig
 ) -> Callable[..., tuple[TrainState, Sums]]:
-    """As `make_train_step`, with batches that are made, and a rate: step(state, batches, peak).
+    """As `make_train_step`, with the rate as an argument: step(state, batches, peak).
 
     Under `jax.vmap` over states and rates it is the update of a population. The rate `peak` is an argument
     for a single run too, because a compiler folds constants, and rounds them, as it sees fit.
@@ -153,7 +151,7 @@ def make_rated_step(
 
     def rated_step(state, batches, peak):
         optimizer = make_optimizer(training, peak)
-        return make_train_step(structure, lambda batch: batch, optimizer, training, peak)(state, batches)
+        return make_train_step(structure, optimizer, training, peak)(state, batches)
 
     return rated_step
 
@@ -210,25 +208,25 @@ def _make_objective(
     return objective
 
 
-def _accumulate(gradient, materialize, state, raw, key):
-    """Sums gradients and metrics over the leading axis of `raw`, one batch after the other."""
-    num_scored = jax.lax.map(lambda one: _num_scored(materialize(one), least=0.0), raw).sum()
+def _accumulate(gradient, state, batches, key):
+    """Sums gradients and metrics over the leading axis of `batches`, one batch after the other."""
+    num_scored = jax.lax.map(lambda batch: _num_scored(batch, least=0.0), batches).sum()
     num_scored = jnp.maximum(num_scored, 1.0)
 
-    def of_batch(buffers, index, one):
+    def of_batch(buffers, index, batch):
         batch_key = jax.random.fold_in(key, index)
-        grads, (parts, buffers) = gradient(state.params, buffers, materialize(one), batch_key, num_scored)
+        grads, (parts, buffers) = gradient(state.params, buffers, batch, batch_key, num_scored)
         return _at_least_float32(grads), parts, buffers
 
     def add(carry, inputs):
         grads, parts, buffers = of_batch(carry[-1], *inputs)
         return (*jax.tree.map(jnp.add, carry[:-1], (grads, parts)), buffers), None
 
-    indices = jnp.arange(jax.tree.leaves(raw)[0].shape[0])
-    first = jax.tree.map(lambda x: x[0], (indices, raw))
+    indices = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
+    first = jax.tree.map(lambda x: x[0], (indices, batches))
     shapes = jax.eval_shape(of_batch, state.buffers, *first)[:-1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, (*zeros, state.buffers), (indices, raw))
+    total, _ = jax.lax.scan(add, (*zeros, state.buffers), (indices, batches))
     return total
 
 

@@ -26,7 +26,8 @@ def test_takes_a_step(row):
     beginning = prepare(experiment, None, optimizer, make_mesh(batch_size=2))
     split = make_split(experiment.data, "train")
     raw = jax.tree.map(lambda x: x[None], next(split.iterator(2, repeat=True)))
-    update = jax.jit(make_train_step(beginning.structure, split.materialize, optimizer, experiment.training))
+    step = make_train_step(beginning.structure, optimizer, experiment.training)
+    update = jax.jit(lambda state, raw: step(state, jax.vmap(split.materialize)(raw)))
 
     before = beginning.make()
     after, metrics = update(before, raw)

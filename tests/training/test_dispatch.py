@@ -76,7 +76,7 @@ def test_a_model_with_sparse_attention_gives_the_same_bits():
     structure, params, buffers = split_model(build_model(HAX, rngs=nnx.Rngs(0)))
     training = tiny_experiment(num_steps=8, warmup_steps=0, log_every_steps=8).training
     optimizer = make_optimizer(training)
-    dispatch = jax.jit(make_dispatch(make_train_step(structure, lambda batch: batch, optimizer, training)))
+    dispatch = jax.jit(make_dispatch(make_train_step(structure, optimizer, training)))
     raws = jax.tree.map(lambda x: np.asarray(x)[:24].reshape(3, 1, 8, *x.shape[1:]), items())
     start = make_state(params, buffers, optimizer, seed=0)
     at_once = dispatch(start, raws, np.int32(3))

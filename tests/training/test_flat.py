@@ -43,7 +43,7 @@ def test_two_updates_are_those_of_the_tensors_one_by_one(parts):
     raw = jax.tree.map(lambda x: np.asarray(x)[None, :8], items())
 
     def after(structure, state):
-        step = jax.jit(make_train_step(structure, lambda batch: batch, optimizer, training))
+        step = jax.jit(make_train_step(structure, optimizer, training))
         state, metrics = step(*(step(state, raw)[0], raw))
         return state, metrics
 

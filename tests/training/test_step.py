@@ -37,7 +37,7 @@ def setup(model=None, **training):
     structure, params, buffers = split_model(model or TinyModel())
     optimizer = make_optimizer(settings)
     # The batches are made beforehand: compiling the stream into every update would take most of the time.
-    update = jax.jit(make_train_step(structure, lambda batch: batch, optimizer, settings))
+    update = jax.jit(make_train_step(structure, optimizer, settings))
     shape = settings.grad_accumulation_steps, settings.batch_size
     rows = shape[0] * shape[1]
     batches = (

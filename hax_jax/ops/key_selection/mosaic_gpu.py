@@ -54,7 +54,7 @@ def _from_pairs(rank, num_keys, segment_ids):
 
     # In one part: cut into parts, the last of the better keys takes a second pass to find, and kernels wait
     # for kernels. That is slower.
-    _, expiry = pairs_mosaic_gpu.compare(step, (rank,), (rank,), (0, length), segment_ids, rank.shape)
+    _, expiry = pairs_mosaic_gpu.compare(step, (rank,), (rank,), (0, length), segment_ids)
     return jnp.maximum(expiry[0], jnp.arange(length, dtype=jnp.int32))
 
 

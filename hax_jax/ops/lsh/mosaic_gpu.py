@@ -10,9 +10,9 @@ def bucket_orders(query_code, key_code, segment_ids, num_codes=None):
     pairs_mosaic_gpu.check("bucket_orders")
     if pairs_mosaic_gpu.why_not(query_code.shape):
         return xla.bucket_orders(query_code, key_code, segment_ids, num_codes)
-    codes, shape = (query_code, key_code), query_code.shape
+    codes = query_code, key_code
     counts = pairs_mosaic_gpu.compare(
-        _step, codes, (key_code,), (0, 0), segment_ids, shape, past_only=True, in_parts=True
+        _step, codes, (key_code,), (0, 0), segment_ids, past_only=True, in_parts=True
     )
     return tuple(x.sum(0, dtype=jnp.int32) for x in counts)
 
