@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from hax_jax.config import TrainingConfig
@@ -195,13 +194,6 @@ def dispatches_ahead(seconds_per_step: float | None, per_dispatch: int) -> int:
     if not seconds_per_step:
         return 1
     return min(max(math.ceil(_AHEAD_SECONDS / (seconds_per_step * per_dispatch)), 1), _AHEAD_DISPATCHES)
-
-
-def take_raws(batches: Iterator[Any], count: int, accumulation: int) -> Any:
-    """The raw batches of the next updates, with the leading axes (count, accumulation, batch size)."""
-    rows = [next(batches) for _ in range(count)]
-    shape = lambda x: (count, accumulation, -1, *x.shape[1:])  # noqa: E731
-    return jax.tree.map(lambda *x: np.stack(x).reshape(shape(x[0])), *rows)
 
 
 def _intervals(training: TrainingConfig) -> tuple[int, ...]:
