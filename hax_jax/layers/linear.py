@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
 from hax_jax.ops import devices
-from hax_jax.ops.numerics import einsum
+from hax_jax.ops.numerics import einsum, wide
 
 # A gradient of W summed over at least so many positions is summed in so many parts side by side.
 _MANY_POSITIONS, _MOST_PARTS = 1 << 13, 64
-# Blocks of a split product with no more columns than this are multiplied with others.
-_NARROW = 64
+# A W of no more columns than this is multiplied with column by column in the gradient of x.
+_NARROW = 8
 # A table of more rows than this has its gradient scattered: few tokens share a row, and a 0/1 row is long.
 _FEW_ROWS = 1024
 
@@ -56,8 +56,13 @@ def _matmul_backward(dtype, saved, d_y):
 
 def _gradients(x, kernel, d_y, dtype):
     """Those of x (rounded to `dtype`) and W, at least float32."""
-    d_y = d_y.astype(dtype)
-    d_x = einsum("...o,io->...i", d_y, kernel.astype(dtype))
+    d_y, kernel = d_y.astype(dtype), kernel.astype(dtype)
+    if kernel.shape[1] > _NARROW:
+        d_x = einsum("...o,io->...i", d_y, kernel)
+    else:
+        # Left to what reads it: a product would be written, and read as a whole to be added to others.
+        d_y_wide, kernel = (array.astype(wide(array.dtype)) for array in (d_y, kernel))
+        d_x = sum(d_y_wide[..., i : i + 1] * kernel[:, i] for i in range(kernel.shape[1]))
     return d_x, _sum_of_products(x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
 
 
@@ -84,34 +89,22 @@ def _split_matmul_forward(x, kernel, sizes, dtype):
 
 
 def _split_matmul_backward(sizes, dtype, saved, d_blocks):
+    """Block by block: their gradients come at different times, and none is made to wait for another's."""
     x, kernel, like = saved
-    d_blocks = [d_block.astype(dtype) for d_block in d_blocks]
-    kernels = _columns(kernel, sizes)
-    groups = _multiplied_together(sizes)
-    join = lambda blocks, group: jnp.concatenate([blocks[i] for i in group], axis=-1)  # noqa: E731
     d_x: Any = 0
-    d_kernels: dict[int, Any] = {}
-    for group, factor in zip(groups, jax.lax.optimization_barrier((x,) * len(groups)), strict=True):
-        part, d_kernel = _gradients(factor, join(kernels, group), join(d_blocks, group), dtype)
+    d_kernels = []
+    factors = jax.lax.optimization_barrier((x,) * len(sizes))
+    for factor, block, d_block in zip(factors, _columns(kernel, sizes), d_blocks, strict=True):
+        part, d_kernel = _gradients(factor, block, d_block, dtype)
         d_x += part
-        d_kernels |= zip(group, _columns(d_kernel, [sizes[i] for i in group]), strict=True)
-    d_kernel = jnp.concatenate([d_kernels[i] for i in range(len(sizes))], axis=1)
+        d_kernels.append(d_kernel)
+    d_kernel = jnp.concatenate(d_kernels, axis=1)
     return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
 
 
 def _columns(kernel, sizes):
     """Blocks of so many columns each."""
     return jnp.split(kernel, list(itertools.accumulate(sizes))[:-1], axis=1)
-
-
-def _multiplied_together(sizes):
-    """The blocks whose gradients are joined for one product: the first with all narrow ones, others alone.
-
-    The gradients of blocks come at different times, and what is multiplied apart waits for its own alone. A
-    narrow block is not worth a product of its own, of which the sum would have to be read.
-    """
-    first = [i for i, size in enumerate(sizes) if i == 0 or size <= _NARROW]
-    return [first, *([i] for i in range(len(sizes)) if i not in first)]
 
 
 split_matmul.defvjp(_split_matmul_forward, _split_matmul_backward)

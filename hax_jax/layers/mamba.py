@@ -39,12 +39,17 @@ class CausalConv(nnx.Module):
             self.bias = nnx.Param(initializers.uniform(rngs.params(), (channels,), bound, dtype))
         self.implementation = config.op_implementation
 
-    def __call__(self, x: Float[Array, "b t c"], sequence: Sequence) -> Float[Array, "b t c"]:
+    def __call__(
+        self, x: Float[Array, "b t c"], sequence: Sequence, sizes: tuple[int, ...] | None = None
+    ) -> Any:
+        """The filtered x (b, t, c), zero at pads; with `sizes` a tuple of blocks of so many channels."""
         return causal_conv1d(
             x,
             self.weight[...],
             self.bias[...],
             segment_ids=sequence.segment_ids,
+            mask=sequence.padding_mask,
+            sizes=sizes,
             implementation=self.implementation,
         )
 
@@ -98,7 +103,7 @@ class Mamba(nnx.Module):
         state = self.config.state_size
         inner = self.config.inner_size
         x, gate = (part.astype(self.precision.inner) for part in self.in_proj.split(u, inner, inner))
-        x = sequence.hide_pads(self.conv(sequence.hide_pads(x), sequence))
+        x = self.conv(sequence.hide_pads(x), sequence)
         rank_dt, B, C = jnp.split(
             self.x_proj(x), [self.config.time_step_rank, self.config.time_step_rank + state], -1
         )

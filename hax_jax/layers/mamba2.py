@@ -71,8 +71,7 @@ class Mamba2(nnx.Module):
         gate, conv_in, dt = self.in_proj.split(sequence.hide_pads(u), inner, conv_size, heads)
         gate, conv_in = gate.astype(self.precision.inner), conv_in.astype(self.precision.inner)
         dt = dt.astype(self.precision.activation)
-        conv_out = sequence.hide_pads(self.conv(conv_in, sequence))
-        x, B, C = jnp.split(conv_out, [inner, inner + self._bc_size], axis=-1)
+        x, B, C = self.conv(conv_in, sequence, (inner, self._bc_size, self._bc_size))
 
         wide_dtype = wide(self.A_log.dtype)
         by_head = x.reshape(*x.shape[:2], heads, config.head_dim)

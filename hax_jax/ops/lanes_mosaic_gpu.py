@@ -4,11 +4,13 @@ Vectors are laid out with one position a lane (`layout`); indices are int32. Pal
 use on a CPU, cannot run the inlined instructions, so there the same is said in JAX.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref
+from jax._src.lib.mlir.dialects import arith, memref, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,6 +19,7 @@ interpret: Any = None
 
 # A warpgroup has this many lanes; vectors are as long or a multiple of it.
 LANES = 128
+WARPS = 4
 
 
 def layout(count):
@@ -93,12 +96,13 @@ def scatter(ref, index, *values):
 def put(ref, index, value):
     """ref[index] = value for `ref` (size,) in memory of any kind, of one lane of 128 for each index.
 
-    Indices beyond the end are left out; no two others may be equal. Nothing waits for the others' writing.
+    Indices outside are left out; no two others may be equal. Nothing waits for the others' writing.
     """
-    if interpret is not None:
-        ref[...] = ref[...].at[index].set(value, mode="drop")
-        return
     (size,) = ref.shape
+    if interpret is not None:
+        # JAX would count negative ones from the end.
+        ref[...] = ref[...].at[jnp.where(index < 0, size, index)].set(value, mode="drop")
+        return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(LANES), layout(LANES)))
     def write(ctx, ref, index, value):
@@ -113,6 +117,35 @@ def put(ref, index, value):
         index.foreach(store)
 
     write(ref, index, value)
+
+
+def quarters(count):
+    """A layout in which each warp has a quarter of a vector, and each of its lanes neighbouring elements."""
+    return plgpu.Layout.WG_STRIDED((count,), vec_size=count // LANES)
+
+
+def quarter_sums(array):
+    """Each quarter of a float32 vector in the layout `quarters` filled with its sum."""
+    (count,) = array.shape
+    if interpret is not None:
+        rows = array.reshape(WARPS, -1)
+        return jnp.broadcast_to(rows.sum(1, keepdims=True), rows.shape).reshape(count)
+    result = plgpu.ShapeDtypeStruct((count,), jnp.float32, layout=quarters(count))
+
+    @plgpu.inline_mgpu(arg_types=(quarters(count),), return_type=result)
+    def add(ctx, array):
+        del ctx
+        (register,) = array.registers
+        elements = (
+            vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(count // LANES)
+        )
+        total = functools.reduce(arith.addf, elements)
+        for distance in (16, 8, 4, 2, 1):
+            total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+        filled = np.asarray([vector.broadcast(register.type, total)], dtype=object)
+        return mgpu.FragmentedArray(_registers=filled, _layout=array.layout, _is_signed=None)
+
+    return add(array)
 
 
 def _as_index(i):

@@ -6,6 +6,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hax_jax import ops
+from hax_jax.ops import lanes_mosaic_gpu
 from hax_jax.ops.gated_rms_norm import mosaic_gpu, reference, xla
 from tests.ops import mosaic_interpreter
 from tests.ops.cases import assert_close, normal, poison_memory, rng, with_gradients
@@ -29,19 +30,23 @@ def test_xla_equals_the_reference():
     assert_close(run(xla.gated_rms_norm, inputs), run(reference.gated_rms_norm, inputs))
 
 
-@pytest.mark.parametrize("rows", [64, 37])
-def test_interpreted_kernel_equals_the_reference(rows):
-    inputs = make_inputs(2, rows, 64)
+@pytest.fixture
+def interpreted(monkeypatch):
     mosaic_interpreter.install()
+    monkeypatch.setattr(lanes_mosaic_gpu, "interpret", mosaic_interpreter.SETTINGS)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(64, 64), (37, 64), (37, 96)])
+def test_interpreted_kernel_equals_the_reference(rows, width, interpreted):
+    inputs = make_inputs(2, rows, width)
     with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
         got = jax.block_until_ready(run(mosaic_gpu.norm_in_tiles, inputs))
     assert_close(got, run(reference.gated_rms_norm, inputs))
 
 
-def test_interpreted_kernel_takes_an_input_wider_than_the_gate():
+def test_interpreted_kernel_takes_an_input_wider_than_the_gate(interpreted):
     inputs = make_inputs(2, 64, 64)
     inputs["gate"] = inputs["gate"].astype(jnp.bfloat16)
-    mosaic_interpreter.install()
     with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
         out, gradients = jax.block_until_ready(run(mosaic_gpu.norm_in_tiles, inputs))
     assert gradients["x"].dtype == jnp.float32
@@ -62,13 +67,15 @@ def test_kernel_lowers_for_a_gpu_without_one(dtype):
 def test_calls_the_kernel_cannot_run_say_why():
     with pytest.raises(ValueError, match=r"cannot be 'mosaic_gpu' here: .*got 24"):
         ops.gated_rms_norm(**make_inputs(64, 24), eps=1e-5, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"at most 1024, got 2048"):
+        ops.gated_rms_norm(**make_inputs(64, 2048), eps=1e-5, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="must be float32 or bfloat16, got float16"):
         ops.gated_rms_norm(**make_inputs(64, 32, dtype=jnp.float16), eps=1e-5, implementation="mosaic_gpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(64, 32), (3, 7, 32), (2, 64, 256), (64, 1057, 128)])
+@pytest.mark.parametrize("shape", [(64, 32), (3, 7, 96), (2, 64, 256), (64, 1024), (64, 1057, 128)])
 def test_kernel_equals_the_chain_rule(shape, dtype):
     inputs = make_inputs(*shape, dtype=dtype)
     want = run(xla.gated_rms_norm, inputs)

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from hax_jax.ops.causal_conv1d.xla import in_blocks
 from hax_jax.ops.numerics import wide
 
 
-def causal_conv1d(x, weight, bias, segment_ids):
+def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     width, length = weight.shape[0], x.shape[1]
     dtype = wide(x.dtype, weight.dtype)
     outputs = []
@@ -23,4 +24,7 @@ def causal_conv1d(x, weight, bias, segment_ids):
         outputs.append(total)
     y = jnp.stack(outputs, axis=1)
     y = y if bias is None else y + bias.astype(dtype)
-    return jax.nn.silu(y).astype(x.dtype)
+    y = jax.nn.silu(y).astype(x.dtype)
+    if mask is not None:
+        y = jnp.where(mask[..., None], y, 0)
+    return in_blocks(y, sizes)

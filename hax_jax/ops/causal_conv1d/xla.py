@@ -1,5 +1,7 @@
 """The convolution as a sum of shifted copies, which XLA fuses into one pass."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ def _shift(x, steps):
     return jnp.pad(x, padding)[:, :length]
 
 
-def causal_conv1d(x, weight, bias, segment_ids):
+def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     width, x_dtype = weight.shape[0], x.dtype
     x, weight = x.astype(wide(x.dtype, weight.dtype)), weight.astype(wide(x.dtype, weight.dtype))
     y = jnp.zeros_like(x)
@@ -27,4 +29,12 @@ def causal_conv1d(x, weight, bias, segment_ids):
             term = jnp.where((_shift(segment_ids, steps) == segment_ids)[..., None], term, 0)
         y = y + term
     y = y if bias is None else y + bias.astype(y.dtype)
-    return jax.nn.silu(y).astype(x_dtype)
+    y = jax.nn.silu(y).astype(x_dtype)
+    if mask is not None:
+        y = jnp.where(mask[..., None], y, 0)
+    return in_blocks(y, sizes)
+
+
+def in_blocks(y, sizes):
+    """Blocks of so many channels each."""
+    return tuple(jnp.split(y, list(itertools.accumulate(sizes))[:-1], axis=-1))

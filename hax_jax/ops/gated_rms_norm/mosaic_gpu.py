@@ -1,7 +1,7 @@
 """The norm with its gradient as one Mosaic GPU kernel, for NVIDIA GPUs of the Hopper generation.
 
 The forward pass is XLA's. Of the gradient XLA makes three passes: the sums over a row, what they are needed
-for, and the weight's sum over all rows. Here a program reads its rows twice, the second time from the cache.
+for, and the weight's sum over all rows. Here a warp has a row in its registers.
 """
 
 import functools
@@ -12,13 +12,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hax_jax.ops import dispatch
+from hax_jax.ops import dispatch, lanes_mosaic_gpu
 from hax_jax.ops.gated_rms_norm import xla
 
-# Rows of a program, and the columns it holds in registers at a time.
-ROWS, COLUMNS = 64, 32
-TILE = (ROWS, COLUMNS)
-LAYOUT = plgpu.Layout.WGMMA
+# Rows of a program, and those that its four warps have asked for at a time.
+ROWS, AT_ONCE = 64, 16
+# A lane of a warp has its share of a row in registers.
+WARPS, LANES, MOST = 4, 32, 1024
 
 
 def gated_rms_norm(x, gate, weight, eps):
@@ -32,8 +32,8 @@ def why_not(x, gate, weight) -> str | None:
     dtypes = {array.dtype.name for array in (x, gate, weight)}
     if not dtypes <= {"float32", "bfloat16"}:
         return f"`x`, `gate` and `weight` must be float32 or bfloat16, got {', '.join(sorted(dtypes))}"
-    if x.shape[-1] % COLUMNS:
-        return f"`x` must have a multiple of {COLUMNS} features, got {x.shape[-1]}"
+    if x.shape[-1] % LANES or x.shape[-1] > MOST:
+        return f"`x` must have a multiple of {LANES} features, at most {MOST}, got {x.shape[-1]}"
     return None
 
 
@@ -71,55 +71,61 @@ norm_in_tiles.defvjp(_forward, _backward)
 
 
 def _gradients(x, gate, dy, weight, eps):
-    """dx and dgate (rows, d) of the gate's dtype, and the weight's gradient of each program (programs, d)."""
+    """dx and dgate (rows, d) of the gate's dtype, and parts of the weight's gradient, (parts, d)."""
     rows, width = x.shape
+    # A row for each warp: neighbouring lanes read what lies side by side, and a row's sum stays in its warp.
+    several = WARPS * width
+    layout = lanes_mosaic_gpu.quarters(several)
 
     def gated_norm_gradients(x_ref, gate_ref, dy_ref, weight_ref, dx_ref, dgate_ref, dweight_ref):
         program = lax.axis_index("i")
-        here = pl.ds(program * ROWS, ROWS)
+        load = functools.partial(plgpu.load, layout=layout, optimized=False)
+        weight = load(weight_ref)
 
-        def read(k):
-            columns = pl.ds(k * COLUMNS, COLUMNS)
-            x, gate, dy = (_load(ref.at[here, columns], LAYOUT) for ref in (x_ref, gate_ref, dy_ref))
-            weight = _load(weight_ref.at[columns], LAYOUT.reduce(0))
-            return x, gate, 1.0 / (1.0 + jnp.exp(-gate)), dy, lax.broadcast_in_dim(weight, TILE, [1])
+        def some_rows(j, dweight):
+            first = (program * ROWS + j * AT_ONCE) * width
+            places = [pl.ds(first + i * several, several) for i in range(AT_ONCE // WARPS)]
+            # All are asked for before the first is written: none waits for another.
+            loaded = [
+                [
+                    plgpu.load(ref.at[here], layout=layout, optimized=False)
+                    for ref in (x_ref, gate_ref, dy_ref)
+                ]
+                for here in places
+            ]
+            for here, arrays in zip(places, loaded, strict=True):
+                x, gate, dy = (array.astype(jnp.float32) for array in arrays)
+                sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+                u, dnormed = x * gate * sigmoid, dy * weight
+                squares, products = (lanes_mosaic_gpu.quarter_sums(array) for array in (u * u, u * dnormed))
+                scale = lax.rsqrt(squares / width + eps)
+                du = dnormed * scale - u * (scale * scale * scale * products / width)
+                dx_ref[here] = (du * gate * sigmoid).astype(dx_ref.dtype)
+                dgate = du * x * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                dgate_ref[here] = dgate.astype(dgate_ref.dtype)
+                dweight = dweight + dy * u * scale
+            return dweight
 
-        squares = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), LAYOUT.reduce(1))
-        products = squares
-        for k in range(width // COLUMNS):
-            x, gate, sigmoid, dy, weight = read(k)
-            u = x * gate * sigmoid
-            squares = squares + (u * u).sum(axis=1)
-            products = products + (u * dy * weight).sum(axis=1)
-        scale = lax.rsqrt(squares / width + eps)
-        shrink = lax.broadcast_in_dim(scale * scale * scale * products / width, TILE, [0])
-        scale = lax.broadcast_in_dim(scale, TILE, [0])
-        for k in range(width // COLUMNS):
-            columns = pl.ds(k * COLUMNS, COLUMNS)
-            x, gate, sigmoid, dy, weight = read(k)
-            u = x * gate * sigmoid
-            du = dy * weight * scale - u * shrink
-            dx_ref[here, columns] = (du * gate * sigmoid).astype(dx_ref.dtype)
-            dgate = du * x * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            dgate_ref[here, columns] = dgate.astype(dgate_ref.dtype)
-            dweight_ref[program, columns] = (dy * u * scale).sum(axis=0)
+        zero = plgpu.layout_cast(jnp.zeros(several, jnp.float32), layout)
+        dweight_ref[program] = lax.fori_loop(0, ROWS // AT_ONCE, some_rows, zero)
 
     programs = rows // ROWS
-    return plgpu.kernel(
+    dx, dgate, dweight = plgpu.kernel(
         gated_norm_gradients,
         out_type=[
             # x may be wider because it is what was at hand; its gradient is rounded next, as the gate's is.
-            jax.ShapeDtypeStruct(x.shape, gate.dtype),
-            jax.ShapeDtypeStruct(gate.shape, gate.dtype),
-            jax.ShapeDtypeStruct((programs, width), jnp.float32),
+            jax.ShapeDtypeStruct((x.size,), gate.dtype),
+            jax.ShapeDtypeStruct((x.size,), gate.dtype),
+            jax.ShapeDtypeStruct((programs, several), jnp.float32),
         ],
         grid=(programs,),
         grid_names=("i",),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            # Its error is far below that of a bfloat16 number, not of a float32 one.
+            approx_math=gate.dtype == jnp.bfloat16,
+            # Nothing that is written is read: no store needs a barrier.
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(x, gate, dy, weight)
-
-
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+    )(x.reshape(-1), gate.reshape(-1), dy.reshape(-1), jnp.tile(weight, WARPS))
+    return dx.reshape(x.shape), dgate.reshape(x.shape), dweight.reshape(-1, width)
