@@ -1,4 +1,4 @@
-"""One interface to both forms of the data: Grain for order and iterator state, one pure function to a Batch.
+"""One interface to both forms of the data: an iterator with a state, one pure function to a `Batch`.
 
 The host only counts items (and for a data set reads them); everything else happens inside the compiled
 program, where `Split.materialize` turns what the iterator yields into a `Batch`.
@@ -6,8 +6,6 @@ program, where `Split.materialize` turns what the iterator yields into a `Batch`
 
 import abc
 import dataclasses
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -20,15 +18,19 @@ from hax_jax.data import stream
 from hax_jax.data.batch import Batch
 from hax_jax.data.joint_recall import PAD, SPLITS
 from hax_jax.data.layout import RowLayout, num_positions, row_layout, walk
+from hax_jax.data.raw_batches import (
+    MOST_ITEMS,
+    BatchNumbers,
+    CountedBatches,
+    RawBatch,
+    RawBatches,
+    ReadBatches,
+)
 from hax_jax.data.reader import StoredSplit, check_settings, read_manifest
 from hax_jax.packing import Packing, ScoredPositions
 
-# Items are numbered in 32 bits: at batch 64 an endless stream ends after 67 million steps.
-_MOST_ITEMS = 2**32
 # Batches of a data set that one thread reads ahead while the device works.
 _READ_AHEAD = 8
-
-RawBatch = Mapping[str, Any]
 
 
 def make_split(config: DataConfig, split: str, row_multiple: int = 1) -> "Split":
@@ -79,9 +81,7 @@ class Split(abc.ABC):
         layout = row_layout(self.config, batch_size, self.row_multiple)
         return layout.rows, layout.length
 
-    def iterator(
-        self, batch_size: int, *, repeat: bool, drop_remainder: bool = False
-    ) -> grain.DatasetIterator[RawBatch]:
+    def iterator(self, batch_size: int, *, repeat: bool, drop_remainder: bool = False) -> RawBatches:
         """Walks the split sweep by sweep, in batches of fixed size.
 
         Args:
@@ -91,14 +91,13 @@ class Split(abc.ABC):
           drop_remainder: without `repeat`, leave an incomplete last batch out instead.
 
         Returns:
-          A Grain iterator over raw batches: dicts of NumPy arrays with leading axis `batch_size`, to be
-          given to `materialize`. Its state is a dict of integers that JSON can hold.
+          An iterator over raw batches: dicts of NumPy arrays with leading axis `batch_size`, to be given to
+          `materialize`. Its state is a dict of integers that JSON can hold.
 
         Raises:
           ValueError: `batch_size` is below 1 or leaves no batch at all.
         """
-        batches = _Batches(self.num_items, batch_size, repeat, drop_remainder, self.walk)
-        return iter(self._load(grain.MapDataset.source(batches)))
+        return self._load(BatchNumbers(self.num_items, batch_size, repeat, drop_remainder, self.walk))
 
     def keep(self) -> dict[str, np.ndarray]:
         """Arrays to be kept on the device and added to every raw batch before `materialize`; or none.
@@ -129,54 +128,8 @@ class Split(abc.ABC):
         """The padded items (m, padded_length) of a raw batch, int32."""
 
     @abc.abstractmethod
-    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+    def _load(self, numbers: BatchNumbers) -> RawBatches:
         """Adds to numbered items what the host has to know about them."""
-
-
-class _Batches:
-    """Batch number -> numbers and weights of its items; a random-access source for Grain."""
-
-    def __init__(
-        self,
-        num_items: int | None,
-        batch_size: int,
-        repeat: bool,
-        drop_remainder: bool,
-        walk: np.ndarray | None = None,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size}; the recipe uses 64")
-        self._size = batch_size
-        self._walk = np.arange(1) if walk is None else walk
-        self._num_items = num_items or _MOST_ITEMS // len(self._walk) * len(self._walk)
-        whole, rest = divmod(self._num_items, batch_size)
-        if num_items is None:
-            self._length = whole
-        elif repeat:
-            self._length = sys.maxsize
-        else:
-            self._length = whole + (rest > 0 and not drop_remainder)
-        if self._length == 0:
-            raise ValueError(
-                f"`batch_size` must be at most {self._num_items}, the items of the split, got {batch_size}; "
-                "lower it or use drop_remainder=False"
-            )
-        self._repeat = repeat
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, number: Any) -> dict[str, np.ndarray]:
-        # Python's integers do not overflow in a run that wraps round very often.
-        first = int(number) * self._size
-        beyond = np.arange(first % self._num_items, first % self._num_items + self._size)
-        index = beyond % self._num_items
-        in_sweep = index % len(self._walk)
-        index = (index - in_sweep + self._walk[in_sweep]).astype(np.uint32)
-        weight = np.ones(self._size, np.float32)
-        if not self._repeat:
-            weight[beyond >= self._num_items] = 0.0
-        return {"index": index, "weight": weight}
 
 
 class _StreamItems(Split):
@@ -185,10 +138,10 @@ class _StreamItems(Split):
     def __init__(self, config: DataConfig, split: str):
         self.config, self.split = config, split
         self.num_items = None if split == "train" else config.num_pairs * config.n_eval_per_pair
-        if self.num_items and self.num_items > _MOST_ITEMS:
+        if self.num_items and self.num_items > MOST_ITEMS:
             raise ConfigError(
                 "data.n_eval_per_pair",
-                f"at most {_MOST_ITEMS // config.num_pairs}, 2^32 items in all",
+                f"at most {MOST_ITEMS // config.num_pairs}, 2^32 items in all",
                 config.n_eval_per_pair,
                 "lower it",
             )
@@ -196,8 +149,8 @@ class _StreamItems(Split):
     def _tokens(self, raw: RawBatch) -> Any:
         return stream.make_items(jnp.asarray(raw["index"]), self.split, self.config)
 
-    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    def _load(self, numbers: BatchNumbers) -> RawBatches:
+        return CountedBatches(numbers)
 
 
 class _StoredItems(Split):
@@ -231,16 +184,15 @@ class _StoredItems(Split):
         tokens = jnp.asarray(raw["sweeps"]).at[sweep[:, None], begin + position].get(mode="clip")
         return jnp.where(position < length, tokens.astype(jnp.int32), PAD)
 
-    def _load(self, batches: grain.MapDataset) -> grain.IterDataset:
+    def _load(self, numbers: BatchNumbers) -> RawBatches:
         if self._is_kept:
-            return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            return CountedBatches(numbers)
 
         def read(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {**raw, "tokens": self._stored.items(raw["index"])}
 
-        return batches.map(read).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
-        )
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+        return ReadBatches(grain.MapDataset.source(numbers).map(read).to_iter_dataset(options))
 
 
 def _padded(tokens: Any, n_context: Any, n_key: Any, weight: Any, config: DataConfig) -> Batch:

@@ -42,7 +42,7 @@ class CausalConv(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t c"], sequence: Sequence, sizes: tuple[int, ...] | None = None
     ) -> Any:
-        """The filtered x (b, t, c), zero at pads; with `sizes` a tuple of blocks of so many channels."""
+        """The filtered x (b, t, c), of which pads are no part; with `sizes` blocks of so many channels."""
         return causal_conv1d(
             x,
             self.weight[...],
@@ -103,7 +103,7 @@ class Mamba(nnx.Module):
         state = self.config.state_size
         inner = self.config.inner_size
         x, gate = (part.astype(self.precision.inner) for part in self.in_proj.split(u, inner, inner))
-        x = self.conv(sequence.hide_pads(x), sequence)
+        x = self.conv(x, sequence)
         rank_dt, B, C = jnp.split(
             self.x_proj(x), [self.config.time_step_rank, self.config.time_step_rank + state], -1
         )

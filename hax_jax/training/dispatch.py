@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hax_jax.config import TrainingConfig
 from hax_jax.data.batch import Batch
+from hax_jax.data.raw_batches import RawBatches
 from hax_jax.training.compilation import compiler_options
 from hax_jax.training.flat import FlatStructure
 from hax_jax.training.initialise import Beginning
@@ -194,6 +195,12 @@ def dispatches_ahead(seconds_per_step: float | None, per_dispatch: int) -> int:
     if not seconds_per_step:
         return 1
     return min(max(math.ceil(_AHEAD_SECONDS / (seconds_per_step * per_dispatch)), 1), _AHEAD_DISPATCHES)
+
+
+def take_raws(batches: RawBatches, count: int, accumulation: int) -> Any:
+    """The raw batches of the next updates, with the leading axes (count, accumulation, batch size)."""
+    shape = lambda x: (count, accumulation, -1, *x.shape[2:])  # noqa: E731
+    return jax.tree.map(lambda x: x.reshape(shape(x)), batches.take(count))
 
 
 def _intervals(training: TrainingConfig) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from hax_jax.training.dispatch import (
     make_update,
     steps_per_dispatch,
     steps_until_due,
+    take_raws,
 )
 from hax_jax.training.errors import CheckpointError, TrainingError
 from hax_jax.training.evaluate import EvalResult, make_evaluators
@@ -33,10 +34,9 @@ from hax_jax.training.metrics import open_metrics
 from hax_jax.training.optimizer import make_optimizer
 from hax_jax.training.processes import SharedStop
 from hax_jax.training.progress import Console, Progress, duration
-from hax_jax.training.raw_batches import RawBatches
 from hax_jax.training.refused import Refusals
 from hax_jax.training.restore import read_best
-from hax_jax.training.sharding import make_mesh, put_replicated
+from hax_jax.training.sharding import make_mesh, put_batch, put_replicated
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
 from hax_jax.training.workdir import RunFolder, RunResult
@@ -134,8 +134,7 @@ class Run:
         rows, row_length = splits["train"].row_shape(training.batch_size)
         self.positions = max(len(experiment.members), 1) * self.accumulation * rows * row_length
         self.kept = self._put(splits["train"].keep())
-        batches = splits["train"].iterator(training.batch_size * self.accumulation, repeat=True)
-        self.batches = RawBatches(batches, self.accumulation, self.mesh)
+        self.batches = splits["train"].iterator(training.batch_size * self.accumulation, repeat=True)
 
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
@@ -270,7 +269,6 @@ class Run:
 
     def close(self) -> None:
         """Lets what is being written get done, and closes everything."""
-        self.batches.close()
         self.writer.shutdown()
         self.checkpoints.close()
         self.best_checkpoints.close()
@@ -283,7 +281,10 @@ class Run:
     def _take_steps(self) -> dict[str, jax.Array]:
         """Starts one dispatch; the metrics are those of its last step."""
         count = steps_until_due(self.step, self.training, self.per_dispatch)
-        raws = self.batches.take(count, steps_until_due(self.step + count, self.training, self.per_dispatch))
+        raws = take_raws(self.batches, count, self.accumulation)
+        if self.mesh.size > 1:
+            # One device takes NumPy arrays as they are, ten times faster than through device_put.
+            raws = put_batch(self.mesh, raws, axis=2)
         update = self.update(in_one_graph(count, self.share))
         self.state = update(self.state, raws, self.count(count), self.peak, self.kept)
         self.step += count

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from hax_jax.config import ConfigError, DataConfig
-from hax_jax.data import Batch, Split, joint_recall, make_split, pipeline
+from hax_jax.data import Batch, Split, joint_recall, make_split
 from hax_jax.data.dataset import Plan, create_dataset
+from hax_jax.data.raw_batches import BatchNumbers
 
 TABLES = DataConfig(max_n_context=6, max_n_key=7, n_value=5, n_eval_per_pair=2)
 # Multi-query associative recall: one context.
@@ -152,6 +153,16 @@ def test_iterator_state_is_json_and_resumes_exactly(config):
     assert resumed.get_state() == iterator.get_state()
 
 
+def test_batches_taken_together_are_those_taken_one_by_one(config):
+    iterator, other = (make_split(config, "train").iterator(5, repeat=True) for _ in "ab")
+    next(iterator), next(other)
+    several, rows = iterator.take(4), [next(other) for _ in range(4)]
+    assert several.keys() == rows[0].keys()
+    for name, array in several.items():
+        np.testing.assert_array_equal(array, np.stack([row[name] for row in rows]))
+    assert iterator.get_state() == other.get_state()
+
+
 def test_what_the_host_handles_is_small(config):
     raw = next(make_split(config, "train").iterator(64, repeat=True))
     kinds = {name: (array.dtype, array.shape) for name, array in raw.items()}
@@ -196,10 +207,10 @@ def test_bad_requests(config):
 
 
 def test_numbers_of_items_do_not_overflow():
-    numbers = pipeline._Batches(None, 64, repeat=True, drop_remainder=False)
+    numbers = BatchNumbers(None, 64, repeat=True, drop_remainder=False)
     assert len(numbers) == 2**26
     assert numbers[2**26 - 1]["index"].tolist() == list(range(2**32 - 64, 2**32))
-    round_and_round = pipeline._Batches(1000, 64, repeat=True, drop_remainder=False)
+    round_and_round = BatchNumbers(1000, 64, repeat=True, drop_remainder=False)
     assert round_and_round[2**60]["index"].tolist() == [(2**66 + i) % 1000 for i in range(64)]
     with pytest.raises(ConfigError, match=r"data\.n_eval_per_pair.*2\^32 items in all"):
         make_split(DataConfig(max_n_context=100, max_n_key=100, n_eval_per_pair=10**6), "valid")

@@ -17,10 +17,9 @@ import numpy as np
 
 from hax_jax.data import make_split
 from hax_jax.ops import dispatch
-from hax_jax.training.dispatch import make_update
+from hax_jax.training.dispatch import make_update, take_raws
 from hax_jax.training.initialise import prepare
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.raw_batches import take_raws
 from hax_jax.training.sharding import make_mesh, put_batch
 from tests.faults.devices import experiment
 

@@ -8,10 +8,9 @@ import pytest
 
 from hax_jax.data import make_split
 from hax_jax.training.compilation import compiler_options
-from hax_jax.training.dispatch import make_update
+from hax_jax.training.dispatch import make_update, take_raws
 from hax_jax.training.initialise import prepare
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.raw_batches import take_raws
 from hax_jax.training.sharding import make_mesh
 from tests.training.tiny import TinyModel, tiny_experiment
 

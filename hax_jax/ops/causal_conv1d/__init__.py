@@ -29,15 +29,15 @@ def causal_conv1d(
 ) -> Any:
     """Convolves every channel with its own causal filter and applies SiLU.
 
-    y_t = SiLU(sum_{i < w} weight_i x_{t - w + 1 + i} + bias), with zeros before a segment's start; 0 where
-    `mask` is False.
+    y_t = SiLU(sum_{i < w} weight_i x_{t - w + 1 + i} + bias), with zeros before a segment's start. Where
+    `mask` is False x counts as zero, and y is.
 
     Args:
       x: (b, t, c), any float dtype.
       weight: (w, c); the last tap multiplies the current position.
       bias: (c,) or None.
       segment_ids: (b, t) int32; the filter never reaches across a boundary.
-      mask: (b, t) bool; where it is False the result is zero, and no gradient comes from there.
+      mask: (b, t) bool, False at pads: nothing comes from there, and the result there is zero.
       sizes: of blocks of channels that are wanted as arrays of their own, c in all.
       implementation: None ('mosaic_gpu' where it can run, else 'xla'), 'reference', 'xla' or 'mosaic_gpu'
         (kernels for Hopper GPUs).

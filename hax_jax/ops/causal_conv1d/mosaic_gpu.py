@@ -36,18 +36,26 @@ def why_not(x, weight, sizes) -> str | None:
 
 def conv_in_tiles(x, weight, bias, segment_ids, mask, sizes, tiles: Tiles):
     """`causal_conv1d` on whatever device there is: a Hopper GPU, or the interpreter."""
-    keep = None
-    if segment_ids is not None or mask is not None:
-        # keep[..., d]: whether the position d steps before is to be seen; d = 0 is the position itself.
-        reach = jnp.arange(4 * -(-weight.shape[0] // 4))
-        keep = jnp.ones((*x.shape[:2], len(reach)), bool)
-        if segment_ids is not None:
-            keep &= segments.positions(segment_ids)[..., None] >= reach
-        if mask is not None:
-            keep &= mask[..., None] | (reach > 0)
-        keep = keep.astype(jnp.float32)
+    keep = _keep(x.shape[:2], weight.shape[0], segment_ids, mask)
     bias = jnp.zeros(weight.shape[1], weight.dtype) if bias is None else bias
     return _conv(x, weight, bias, keep, sizes, tiles)
+
+
+def _keep(shape, taps, segment_ids, mask):
+    """(b, t, >= w) float32: whether the position d steps before is seen; None where all are.
+
+    Where the position itself is a pad, d = 0 hides it from itself, and the result is zero.
+    """
+    if segment_ids is None and mask is None:
+        return None
+    reach = jnp.arange(4 * -(-taps // 4))
+    keep = jnp.ones((*shape, len(reach)), bool)
+    if segment_ids is not None:
+        keep &= segments.positions(segment_ids)[..., None] >= reach
+    if mask is not None:
+        before = [jnp.pad(mask, ((0, 0), (d, 0)))[:, : shape[1]] for d in range(len(reach))]
+        keep &= jnp.stack(before, axis=-1)
+    return keep.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

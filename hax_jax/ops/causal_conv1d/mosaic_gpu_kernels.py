@@ -44,7 +44,7 @@ def outputs(x, parameters, keep, blocks: Blocks, tiles: Tiles):
       x: (b, t, c).
       parameters: (w + 1, lanes) float32, the filter's taps and the bias.
       keep: (b, t, >= w) float32, 0 where nothing is to be seen of the position d steps before, and for d = 0
-        where the result is zero; None where there is no such place.
+        where the result is zero, whatever the filter sees; None where there is no such place.
       blocks: of channels.
       tiles: how the work is cut.
     """
@@ -208,7 +208,7 @@ def _filtered(kept, filters, bias):
 
 
 def _kept(values, keep_sm, s):
-    """Values of the positions d steps before, d = 0 first, with zeros for those of other segments."""
+    """Values of the positions d steps before, d = 0 first, with zeros for those that are not seen."""
     return [value * keep_sm[0][s, d] if keep_sm and d else value for d, value in enumerate(values)]
 
 

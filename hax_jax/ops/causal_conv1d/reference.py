@@ -18,6 +18,8 @@ def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
             if source < 0:
                 continue
             term = x[:, source].astype(dtype) * weight[tap].astype(dtype)
+            if mask is not None:
+                term = jnp.where(mask[:, source, None], term, 0)
             if segment_ids is not None:
                 term = jnp.where((segment_ids[:, source] == segment_ids[:, t])[:, None], term, 0)
             total = total + term

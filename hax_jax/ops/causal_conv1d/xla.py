@@ -19,6 +19,8 @@ def _shift(x, steps):
 
 def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     width, x_dtype = weight.shape[0], x.dtype
+    if mask is not None:
+        x = jnp.where(mask[..., None], x, 0)
     x, weight = x.astype(wide(x.dtype, weight.dtype)), weight.astype(wide(x.dtype, weight.dtype))
     y = jnp.zeros_like(x)
     for tap in range(width):
