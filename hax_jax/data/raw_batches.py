@@ -79,7 +79,11 @@ class RawBatches(abc.ABC, Iterator[RawBatch]):
 
     @abc.abstractmethod
     def take(self, count: int) -> RawBatch:
-        """The next `count` batches, which there must be, with an axis for them before the others."""
+        """The next `count` batches, with an axis for them before the others.
+
+        Raises:
+          StopIteration: there are not so many.
+        """
 
     @abc.abstractmethod
     def get_state(self) -> dict[str, Any]:
@@ -101,13 +105,12 @@ class CountedBatches(RawBatches):
         self._numbers, self._next = numbers, 0
 
     def __next__(self) -> RawBatch:
-        if self._next >= len(self._numbers):
-            raise StopIteration
-        self._next += 1
-        return self._numbers[self._next - 1]
+        return {name: array[0] for name, array in self.take(1).items()}
 
     def take(self, count: int) -> RawBatch:
         """See `RawBatches`."""
+        if self._next + count > len(self._numbers):
+            raise StopIteration
         raws = self._numbers.several(self._next, count)
         self._next += count
         return raws

@@ -1,7 +1,6 @@
 """Linear map and embedding with the project's precision rules."""
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hax_jax.layers import initializers
 from hax_jax.layers.precision import Precision
 from hax_jax.ops import devices
-from hax_jax.ops.numerics import einsum, wide
+from hax_jax.ops.numerics import blocks, einsum, wide
 
 # A gradient of W summed over at least so many positions is summed in so many parts side by side.
 _MANY_POSITIONS, _MOST_PARTS = 1 << 13, 64
@@ -79,7 +78,7 @@ def split_matmul(
     factors = jax.lax.optimization_barrier((x,) * len(sizes))
     return tuple(
         einsum("...i,io->...o", factor, block)
-        for factor, block in zip(factors, _columns(kernel, sizes), strict=True)
+        for factor, block in zip(factors, blocks(kernel, sizes), strict=True)
     )
 
 
@@ -94,17 +93,12 @@ def _split_matmul_backward(sizes, dtype, saved, d_blocks):
     d_x: Any = 0
     d_kernels = []
     factors = jax.lax.optimization_barrier((x,) * len(sizes))
-    for factor, block, d_block in zip(factors, _columns(kernel, sizes), d_blocks, strict=True):
+    for factor, block, d_block in zip(factors, blocks(kernel, sizes), d_blocks, strict=True):
         part, d_kernel = _gradients(factor, block, d_block, dtype)
         d_x += part
         d_kernels.append(d_kernel)
     d_kernel = jnp.concatenate(d_kernels, axis=1)
     return d_x.astype(like.dtype), d_kernel.astype(kernel.dtype)
-
-
-def _columns(kernel, sizes):
-    """Blocks of so many columns each."""
-    return jnp.split(kernel, list(itertools.accumulate(sizes))[:-1], axis=1)
 
 
 split_matmul.defvjp(_split_matmul_forward, _split_matmul_backward)

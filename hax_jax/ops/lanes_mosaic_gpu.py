@@ -1,7 +1,8 @@
-"""Reading and writing shared memory a lane at a time, which Pallas lacks: each lane says where.
+"""What Pallas lacks for lanes: reading and writing memory where each of them says, and sums within a warp.
 
-Vectors are laid out with one position a lane (`layout`); indices are int32. Pallas' interpreter, which tests
-use on a CPU, cannot run the inlined instructions, so there the same is said in JAX.
+Vectors are laid out with one position a lane (`layout`), or a part for each warp (`quarters`); indices are
+int32. Pallas' interpreter, which tests use on a CPU, cannot run the inlined instructions, so there the same
+is said in JAX.
 """
 
 import functools

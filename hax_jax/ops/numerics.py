@@ -4,6 +4,9 @@ Products accumulate in float32 at least, whatever the inputs' dtype, and float32
 to TF32 on the way (a GPU's default), so that float32 means float32 everywhere.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,6 +25,11 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=wide(*(x.dtype for x in operands)),
     )
+
+
+def blocks(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Blocks of the last axis, of so many each."""
+    return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=-1)
 
 
 def pad_time(x: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> jax.Array:

@@ -160,7 +160,14 @@ def test_batches_taken_together_are_those_taken_one_by_one(config):
     assert several.keys() == rows[0].keys()
     for name, array in several.items():
         np.testing.assert_array_equal(array, np.stack([row[name] for row in rows]))
-    assert iterator.get_state() == other.get_state()
+    assert iterator.get_state() == other.get_state() == {"next_index": 5}
+
+
+def test_no_more_batches_are_taken_than_there_are(config):
+    iterator = make_split(config, "test").iterator(5, repeat=False)
+    assert iterator.take(2)["weight"].sum() == 10
+    with pytest.raises(StopIteration):
+        iterator.take(2)
 
 
 def test_what_the_host_handles_is_small(config):

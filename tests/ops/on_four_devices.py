@@ -65,6 +65,7 @@ def cases(batch: int):
     by_head, A = jax.nn.softplus(normal(g, batch, LENGTH, HEADS)), -jnp.exp(normal(g, HEADS))
     weight, bias, by_channel = normal(g, 4, WIDTH), normal(g, WIDTH), -jnp.exp(normal(g, WIDTH, STATES))
     ids = make_segments(g, batch, LENGTH)
+    mask = jnp.asarray(g.random((batch, LENGTH)) < 0.8)
     codes = jnp.asarray(g.integers(0, 3, (batch, LENGTH)), jnp.int32)
     start = normal(g, batch, WIDTH, STATES)
     hidden = 2 * STATES
@@ -72,9 +73,11 @@ def cases(batch: int):
     network = [normal(g, *shape) / 4 for shape in shapes]
     return {
         "causal_conv1d": (
-            lambda form, f, i: ops.causal_conv1d(*f, segment_ids=i[0], implementation=form),
+            lambda form, f, i: ops.causal_conv1d(
+                *f, segment_ids=i[0], mask=i[1], sizes=(WIDTH - 8, 8), implementation=form
+            ),
             (x, weight, bias),
-            (ids,),
+            (ids, mask),
         ),
         "ssd": (
             lambda form, f, i: ops.ssd(*f[:5], D=f[5], segment_ids=i[0], implementation=form),

@@ -36,19 +36,19 @@ def make_mask(batch, length):
 
 
 @pytest.mark.parametrize(
-    ("segmented", "masked", "sizes"),
+    ("segmented", "masked", "sizes", "taps"),
     [
-        (False, False, (136,)),
-        (True, False, (136,)),
-        (True, True, (128, 8)),
-        (False, True, (120, 8, 8)),
+        (False, False, (136,), 4),
+        (True, False, (136,), 4),
+        (True, True, (128, 8), 2),
+        (False, True, (120, 8, 8), 8),
         # The second and third block share a group of lanes, the fourth has lanes in two.
-        (True, True, (128, 32, 24, 120)),
+        (True, True, (128, 32, 24, 120), 4),
     ],
 )
-def test_interpreted_kernels_equal_the_reference(segmented, masked, sizes, monkeypatch):
+def test_interpreted_kernels_equal_the_reference(segmented, masked, sizes, taps, monkeypatch):
     """Several programs, the last not full, in groups of channels of which the last is not full."""
-    inputs = make_inputs(2, 17, sum(sizes))
+    inputs = make_inputs(2, 17, sum(sizes), taps)
     segment_ids = make_segments(rng(4, 17), 2, 17) if segmented else None
     mask = make_mask(2, 17) if masked else None
     want = run(reference.causal_conv1d, inputs, segment_ids, mask, sizes)
@@ -58,6 +58,17 @@ def test_interpreted_kernels_equal_the_reference(segmented, masked, sizes, monke
         tiles = Tiles(steps=6, unroll=2, pad=True)
         got = jax.block_until_ready(run(mosaic_gpu.conv_in_tiles, inputs, segment_ids, mask, sizes, tiles))
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_xla_equals_the_reference_with_pads_and_blocks(segmented):
+    inputs, mask = make_inputs(2, 17, 9), make_mask(2, 17)
+    segment_ids = make_segments(rng(4, 17), 2, 17) if segmented else None
+    rest = segment_ids, mask, (5, 1, 3)
+    want = run(reference.causal_conv1d, inputs, *rest)
+    assert [y.shape[2] for y in want[0]] == [5, 1, 3]
+    assert not any(y[~mask].any() for y in want[0])
+    assert_close(run(xla.causal_conv1d, inputs, *rest), want)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +105,18 @@ def test_kernels_lower_for_a_gpu_without_one(taps, segmented, masked, sizes, dty
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"channels": 12}, "channels must be a multiple of 8, got 12"),
+        ({"channels": 12}, "each block's number of channels must be a multiple of 8, got 12"),
+        ({"channels": 16, "sizes": (4, 12)}, "must be a multiple of 8, got 4, 12"),
+        ({"channels": 80, "sizes": (8,) * 10}, "too many of these blocks share 128 channels"),
         ({"channels": 8, "taps": 1}, "2 to 8 taps, got 1"),
         ({"channels": 8, "dtype": jnp.float16}, "must be float32 or bfloat16, got float16"),
     ],
 )
 def test_calls_the_kernel_cannot_run_say_why(inputs, message):
+    sizes = inputs.get("sizes")
+    inputs = make_inputs(1, 5, **{name: value for name, value in inputs.items() if name != "sizes"})
     with pytest.raises(ValueError, match=f"causal_conv1d cannot be 'mosaic_gpu' here: .*{message}"):
-        ops.causal_conv1d(**make_inputs(1, 5, **inputs), implementation="mosaic_gpu")
+        ops.causal_conv1d(**inputs, sizes=sizes, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("sizes", [(4, 5), (8, 0), ()])
@@ -112,14 +127,23 @@ def test_blocks_have_to_be_all_channels(sizes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(
-    ("length", "sizes"), [(1, (8,)), (3, (192,)), (36, (128,)), (1057, (128, 32, 32)), (70, (256, 8, 200))]
+    ("segmented", "masked"), [(False, False), (True, False), (False, True), (True, True)]
 )
-def test_kernels_equal_xla(length, sizes, segmented, dtype):
-    inputs = make_inputs(3, length, sum(sizes), dtype=dtype)
+@pytest.mark.parametrize(
+    ("length", "sizes", "taps"),
+    [
+        (1, (8,), 4),
+        (3, (192,), 2),
+        (36, (128,), 4),
+        (1057, (128, 32, 32), 4),
+        (70, (256, 8, 200), 8),
+    ],
+)
+def test_kernels_equal_xla(length, sizes, taps, segmented, masked, dtype):
+    inputs = make_inputs(3, length, sum(sizes), taps, dtype)
     segment_ids = make_segments(rng(4, length), 3, length) if segmented else None
-    mask = make_mask(3, length) if segmented else None
+    mask = make_mask(3, length) if masked else None
     want = run(xla.causal_conv1d, inputs, segment_ids, mask, sizes)
     poison_memory()
     got = run(mosaic_gpu.causal_conv1d, inputs, segment_ids, mask, sizes)

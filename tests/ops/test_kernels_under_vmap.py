@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from hax_jax import ops
+from hax_jax.ops.causal_conv1d import mosaic_gpu as conv_kernels
+from hax_jax.ops.gated_rms_norm import mosaic_gpu as norm_kernels
 from hax_jax.ops.ssd import mosaic_gpu as ssd_kernels
+from tests.ops import test_causal_conv1d_kernel as conv
 from tests.ops import test_sparse_attention_mosaic_gpu as attention
 from tests.ops import test_ssd_kernels as ssd
 
@@ -39,3 +42,17 @@ def test_sparse_attention(monkeypatch):
     loss = lambda inputs: ops.sparse_attention(*inputs, key_set, implementation="mosaic_gpu").sum()  # noqa: E731
     alone = jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert_lowers(loss, inputs, alone.count("custom_call @mosaic_gpu"))
+
+
+def test_convolution_and_gated_norm():
+    inputs = jax.eval_shape(lambda: conv.make_inputs(2, 1057, 192, dtype="bfloat16"))
+    tiles = conv_kernels.Tiles()
+
+    def loss(inputs):
+        x, *rest = conv_kernels.conv_in_tiles(*conv.ordered(inputs), None, None, (128, 32, 32), tiles)
+        y = norm_kernels.norm_in_tiles(x, x, inputs["bias"][:128], 1e-5)
+        return sum((array.astype(jnp.float32) ** 2).sum() for array in (y, *rest))
+
+    alone = jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert alone.count("custom_call @mosaic_gpu") == 3
+    assert_lowers(loss, inputs, 3)

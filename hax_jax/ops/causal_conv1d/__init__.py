@@ -37,7 +37,8 @@ def causal_conv1d(
       weight: (w, c); the last tap multiplies the current position.
       bias: (c,) or None.
       segment_ids: (b, t) int32; the filter never reaches across a boundary.
-      mask: (b, t) bool, False at pads: nothing comes from there, and the result there is zero.
+      mask: (b, t) bool, False at pads: nothing comes from there, and the result there is zero. The kernels
+        multiply by it: x must be finite at pads too.
       sizes: of blocks of channels that are wanted as arrays of their own, c in all.
       implementation: None ('mosaic_gpu' where it can run, else 'xla'), 'reference', 'xla' or 'mosaic_gpu'
         (kernels for Hopper GPUs).

@@ -28,9 +28,11 @@ def why_not(x, weight, sizes) -> str | None:
         return f"`x` and `weight` must be float32 or bfloat16, got {x.dtype} and {weight.dtype}"
     # Copies begin at multiples of 16 bytes.
     if any(size % 8 for size in sizes):
-        return f"the number of channels must be a multiple of 8, got {', '.join(map(str, sizes))}"
+        return f"each block's number of channels must be a multiple of 8, got {', '.join(map(str, sizes))}"
     if not 2 <= weight.shape[0] <= 8:
         return f"the filter must have 2 to 8 taps, got {weight.shape[0]}"
+    if not kernels.fits(x.dtype, weight.shape[0], _blocks(sizes), Tiles()):
+        return f"too many of these blocks share {LANES} channels for shared memory: {sizes}"
     return None
 
 
@@ -44,7 +46,7 @@ def conv_in_tiles(x, weight, bias, segment_ids, mask, sizes, tiles: Tiles):
 def _keep(shape, taps, segment_ids, mask):
     """(b, t, >= w) float32: whether the position d steps before is seen; None where all are.
 
-    Where the position itself is a pad, d = 0 hides it from itself, and the result is zero.
+    Where d = 0 is not, the position itself is a pad, and its result is zero.
     """
     if segment_ids is None and mask is None:
         return None

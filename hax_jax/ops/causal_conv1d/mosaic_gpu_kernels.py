@@ -18,6 +18,8 @@ from hax_jax.ops import lanes_mosaic_gpu
 
 LANES = lanes_mosaic_gpu.LANES
 LAYOUT = lanes_mosaic_gpu.layout(LANES)
+# What a program can have on Hopper, less what else it holds.
+_SHARED_BYTES = 227 * 1024 - 4096
 # The first channel and the number of channels of each block.
 Blocks = tuple[tuple[int, int], ...]
 
@@ -35,6 +37,13 @@ class Tiles:
     steps: int = 32
     unroll: int = 4
     pad: bool = False
+
+
+def fits(dtype, taps: int, blocks: Blocks, tiles: Tiles) -> bool:
+    """Whether the gradient's tiles fit into shared memory."""
+    halo, shared = taps - 1, len(_shared_tiles(blocks))
+    rows = (tiles.steps + 3 * halo) + shared * (tiles.steps + 2 * halo) + (tiles.steps + halo)
+    return rows * LANES * jnp.dtype(dtype).itemsize <= _SHARED_BYTES
 
 
 def outputs(x, parameters, keep, blocks: Blocks, tiles: Tiles):
@@ -208,7 +217,7 @@ def _filtered(kept, filters, bias):
 
 
 def _kept(values, keep_sm, s):
-    """Values of the positions d steps before, d = 0 first, with zeros for those that are not seen."""
+    """Values of the positions d steps before, d = 0 first, with zeros for earlier ones that are not seen."""
     return [value * keep_sm[0][s, d] if keep_sm and d else value for d, value in enumerate(values)]
 
 

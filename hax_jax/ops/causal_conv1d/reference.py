@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hax_jax.ops.causal_conv1d.xla import in_blocks
-from hax_jax.ops.numerics import wide
+from hax_jax.ops.numerics import blocks, wide
 
 
 def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
@@ -29,4 +28,4 @@ def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     y = jax.nn.silu(y).astype(x.dtype)
     if mask is not None:
         y = jnp.where(mask[..., None], y, 0)
-    return in_blocks(y, sizes)
+    return tuple(blocks(y, sizes))

@@ -1,11 +1,9 @@
 """The convolution as a sum of shifted copies, which XLA fuses into one pass."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 
-from hax_jax.ops.numerics import wide
+from hax_jax.ops.numerics import blocks, wide
 
 
 def _shift(x, steps):
@@ -34,9 +32,4 @@ def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     y = jax.nn.silu(y).astype(x_dtype)
     if mask is not None:
         y = jnp.where(mask[..., None], y, 0)
-    return in_blocks(y, sizes)
-
-
-def in_blocks(y, sizes):
-    """Blocks of so many channels each."""
-    return tuple(jnp.split(y, list(itertools.accumulate(sizes))[:-1], axis=-1))
+    return tuple(blocks(y, sizes))

@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hax_jax.ops import dispatch, lanes_mosaic_gpu
 from hax_jax.ops.gated_rms_norm import xla
 
-# Rows of a program, and those that its four warps have asked for at a time.
-ROWS, AT_ONCE = 64, 16
-# A lane of a warp has its share of a row in registers.
-WARPS, LANES, MOST = 4, 32, 1024
+# Rows of a program, and numbers that its lanes have asked for at a time, of each array.
+ROWS, AT_ONCE = 64, 4096
+# Each lane of a warp has its part of a row in registers.
+WARP, MOST = 32, 1024
 
 
 def gated_rms_norm(x, gate, weight, eps):
@@ -32,8 +32,10 @@ def why_not(x, gate, weight) -> str | None:
     dtypes = {array.dtype.name for array in (x, gate, weight)}
     if not dtypes <= {"float32", "bfloat16"}:
         return f"`x`, `gate` and `weight` must be float32 or bfloat16, got {', '.join(sorted(dtypes))}"
-    if x.shape[-1] % LANES or x.shape[-1] > MOST:
-        return f"`x` must have a multiple of {LANES} features, at most {MOST}, got {x.shape[-1]}"
+    if x.shape[-1] % WARP or x.shape[-1] > MOST:
+        return f"`x` must have a multiple of {WARP} features, at most {MOST}, got {x.shape[-1]}"
+    if x.size >= 2**31:
+        return f"`x` must have fewer than 2^31 elements, got {x.size}"
     return None
 
 
@@ -74,7 +76,8 @@ def _gradients(x, gate, dy, weight, eps):
     """dx and dgate (rows, d) of the gate's dtype, and parts of the weight's gradient, (parts, d)."""
     rows, width = x.shape
     # A row for each warp: neighbouring lanes read what lies side by side, and a row's sum stays in its warp.
-    several = WARPS * width
+    warps = lanes_mosaic_gpu.WARPS
+    several, at_once = warps * width, next(n for n in (16, 8, warps) if n * width <= AT_ONCE or n == warps)
     layout = lanes_mosaic_gpu.quarters(several)
 
     def gated_norm_gradients(x_ref, gate_ref, dy_ref, weight_ref, dx_ref, dgate_ref, dweight_ref):
@@ -83,16 +86,10 @@ def _gradients(x, gate, dy, weight, eps):
         weight = load(weight_ref)
 
         def some_rows(j, dweight):
-            first = (program * ROWS + j * AT_ONCE) * width
-            places = [pl.ds(first + i * several, several) for i in range(AT_ONCE // WARPS)]
+            first = (program * ROWS + j * at_once) * width
+            places = [pl.ds(first + i * several, several) for i in range(at_once // warps)]
             # All are asked for before the first is written: none waits for another.
-            loaded = [
-                [
-                    plgpu.load(ref.at[here], layout=layout, optimized=False)
-                    for ref in (x_ref, gate_ref, dy_ref)
-                ]
-                for here in places
-            ]
+            loaded = [[load(ref.at[here]) for ref in (x_ref, gate_ref, dy_ref)] for here in places]
             for here, arrays in zip(places, loaded, strict=True):
                 x, gate, dy = (array.astype(jnp.float32) for array in arrays)
                 sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
@@ -107,7 +104,7 @@ def _gradients(x, gate, dy, weight, eps):
             return dweight
 
         zero = plgpu.layout_cast(jnp.zeros(several, jnp.float32), layout)
-        dweight_ref[program] = lax.fori_loop(0, ROWS // AT_ONCE, some_rows, zero)
+        dweight_ref[program] = lax.fori_loop(0, ROWS // at_once, some_rows, zero)
 
     programs = rows // ROWS
     dx, dgate, dweight = plgpu.kernel(
@@ -127,5 +124,5 @@ def _gradients(x, gate, dy, weight, eps):
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(x.reshape(-1), gate.reshape(-1), dy.reshape(-1), jnp.tile(weight, WARPS))
+    )(x.reshape(-1), gate.reshape(-1), dy.reshape(-1), jnp.tile(weight, warps))
     return dx.reshape(x.shape), dgate.reshape(x.shape), dweight.reshape(-1, width)

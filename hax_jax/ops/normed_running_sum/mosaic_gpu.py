@@ -204,6 +204,8 @@ def _kernel(x, ids, dtype):
         scratch_types=[plgpu.SMEM((LANES,), of) for of in (jnp.int32, jnp.float32, jnp.float32)],
         grid=(batch, -(-n // FEATURES)),
         grid_names=("row", "block"),
+        # Every layout is written down: inferring them takes ten seconds where loops are unrolled.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if lanes.interpret is None else {"interpret": lanes.interpret}),
     )(x, ids)
 
