@@ -31,8 +31,8 @@ def iota(count):
     return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout(count))
 
 
-def full(count, value):
-    return plgpu.layout_cast(jnp.full((count,), value, jnp.int32), layout(count))
+def full(count, value, dtype=jnp.int32):
+    return plgpu.layout_cast(jnp.full((count,), value, dtype), layout(count))
 
 
 def load(ref, count):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hax_jax.ops import dispatch, segments
 from hax_jax.ops.causal_conv1d import mosaic_gpu_kernels as kernels
+from hax_jax.ops.causal_conv1d import xla
 from hax_jax.ops.causal_conv1d.mosaic_gpu_kernels import LANES, Tiles
 
 
@@ -55,8 +56,7 @@ def _keep(shape, taps, segment_ids, mask):
     if segment_ids is not None:
         keep &= segments.positions(segment_ids)[..., None] >= reach
     if mask is not None:
-        before = [jnp.pad(mask, ((0, 0), (d, 0)))[:, : shape[1]] for d in range(len(reach))]
-        keep &= jnp.stack(before, axis=-1)
+        keep &= jnp.stack([xla.shift(mask, d) for d in range(len(reach))], axis=-1)
     return keep.astype(jnp.float32)
 
 

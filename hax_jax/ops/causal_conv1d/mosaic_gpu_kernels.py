@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hax_jax.ops import lanes_mosaic_gpu
 
 LANES = lanes_mosaic_gpu.LANES
-LAYOUT = lanes_mosaic_gpu.layout(LANES)
 # What a program can have on Hopper, less what else it holds.
 _SHARED_BYTES = 227 * 1024 - 4096
 # The first channel and the number of channels of each block.
@@ -41,8 +40,9 @@ class Tiles:
 
 def fits(dtype, taps: int, blocks: Blocks, tiles: Tiles) -> bool:
     """Whether the gradient's tiles fit into shared memory."""
-    halo, shared = taps - 1, len(_shared_tiles(blocks))
-    rows = (tiles.steps + 3 * halo) + shared * (tiles.steps + 2 * halo) + (tiles.steps + halo)
+    halo = taps - 1
+    size = tiles.steps + halo
+    rows = (size + 2 * halo) + len(_shared_tiles(blocks)) * (size + halo) + size
     return rows * LANES * jnp.dtype(dtype).itemsize <= _SHARED_BYTES
 
 
@@ -98,7 +98,11 @@ def outputs(x, parameters, keep, blocks: Blocks, tiles: Tiles):
     ys = plgpu.kernel(
         conv_outputs,
         out_type=[jax.ShapeDtypeStruct((batch, time, width), x.dtype) for _, width in blocks],
-        scratch_types=[_rows(size + halo, x), *_keep_rows(size, keeps), _barrier(len(sources))],
+        scratch_types=[
+            _rows(size + halo, x),
+            *_keep_rows(size, keeps),
+            plgpu.Barrier(num_arrivals=len(sources)),
+        ],
         **_grid(batch, programs, parameters, x.dtype),
     )(*sources, parameters)
     return tuple(y[:, :length] for y in ys)
@@ -146,7 +150,7 @@ def gradients(x, dys, parameters, keep, blocks: Blocks, tiles: Tiles):
         *filters, bias = _filter(parameters_ref, k, halo)
         plgpu.barrier_wait(arrived)
         step = functools.partial(_gradient_step, (x_sm, dy_sms, keep_sm), dx_sm, filters, bias)
-        zero = plgpu.layout_cast(jnp.zeros(LANES, jnp.float32), LAYOUT)
+        zero = lanes_mosaic_gpu.full(LANES, 0.0, jnp.float32)
         past = tuple(_load(x_sm.at[halo - d]) for d in range(1, halo + 1))
         carry = (past, (zero,) * halo, (zero,) * (halo + 2))
         for s in range(halo):
@@ -171,7 +175,7 @@ def gradients(x, dys, parameters, keep, blocks: Blocks, tiles: Tiles):
             *[_rows(size + halo, x)] * len(shared),
             *_keep_rows(size + halo, keeps),
             _rows(size, x),
-            _barrier(1 + len(shared) + len(keeps)),
+            plgpu.Barrier(num_arrivals=1 + len(shared) + len(keeps)),
         ],
         **_grid(batch, programs, parameters, x.dtype),
     )(*sources, parameters)
@@ -305,10 +309,6 @@ def _keep_rows(count: int, keeps) -> list:
     return [plgpu.SMEM((-(-count // 8) * 8, keep.shape[2]), keep.dtype) for keep in keeps]
 
 
-def _barrier(arrivals: int):
-    return plgpu.Barrier(num_arrivals=arrivals)
-
-
 def _tile(ref, target, b, start, first_lane):
     """The part of an array that a tile of shared memory is to hold: from a position, and a lane, on."""
     return ref.at[b, pl.ds(start, target.shape[0]), pl.ds(first_lane, LANES)]
@@ -329,7 +329,7 @@ def _filter(ref, k, halo):
 
 
 def _load(ref):
-    return plgpu.load(ref, layout=LAYOUT, optimized=False).astype(jnp.float32)
+    return lanes_mosaic_gpu.load(ref, LANES).astype(jnp.float32)
 
 
 def _surrounded(array, time: tuple[int, int], first: int, parameters):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from hax_jax.ops.numerics import blocks, wide
 
 
-def _shift(x, steps):
+def shift(x, steps):
     """Moves x (b, t, ...) `steps` positions later, zeros first."""
     if steps == 0:
         return x
@@ -23,10 +23,10 @@ def causal_conv1d(x, weight, bias, segment_ids, mask, sizes):
     y = jnp.zeros_like(x)
     for tap in range(width):
         steps = width - 1 - tap
-        term = _shift(x, steps) * weight[tap]
+        term = shift(x, steps) * weight[tap]
         if segment_ids is not None and steps:
             # Before the row both the ids and x are zeros: an id of 0 may match there, but it adds nothing.
-            term = jnp.where((_shift(segment_ids, steps) == segment_ids)[..., None], term, 0)
+            term = jnp.where((shift(segment_ids, steps) == segment_ids)[..., None], term, 0)
         y = y + term
     y = y if bias is None else y + bias.astype(y.dtype)
     y = jax.nn.silu(y).astype(x_dtype)

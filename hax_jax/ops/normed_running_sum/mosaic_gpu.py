@@ -211,4 +211,4 @@ def _kernel(x, ids, dtype):
 
 
 def _zero():
-    return plgpu.layout_cast(jnp.zeros(LANES, jnp.float32), lanes.layout(LANES))
+    return lanes.full(LANES, 0.0, jnp.float32)
