@@ -1,5 +1,7 @@
 """The selective scan's kernels: interpreted at tiny sizes, lowered for a GPU, and on a GPU in full."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,20 +50,15 @@ def run(function, inputs, segment_ids, *rest):
 # Together: several tiles, chunks, blocks of channels and groups, the last tile of a chunk and of the row not
 # full, both ways to get the decays of the backward pass, with and without what is optional.
 INTERPRETED = {
-    "plain": (Tiles(steps=8, lanes=1, backward_lanes=2, programs=1, backward_programs=1), 128, 9, False),
-    "chunks": (
-        Tiles(steps=8, groups=1, backward_groups=2, programs=4, backward_programs=2, keep_decays=False),
-        64,
-        19,
-        True,
-    ),
+    "plain": (Tiles(lanes=1, backward_lanes=2, backward_groups=1, programs=1), 128, 9, False),
+    "chunks": (Tiles(steps=8, lanes=4, programs=4, keep_decays=False), 64, 19, True),
 }
 
 
 def test_interpreted_kernels_widen_bfloat16():
     inputs = make_inputs(1, 7, 32, 8, jnp.bfloat16, softplus=True)
     want = run(reference.selective_scan, inputs, None, 64, True)
-    tiles = Tiles(steps=8, programs=1, backward_programs=1, pad=True)
+    tiles = Tiles(steps=8, programs=1, pad=True)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, None, True, tiles))
     assert_close(got[0], want[0])
@@ -78,7 +75,7 @@ def test_interpreted_kernels_equal_the_reference(case):
         segment_ids = make_segments(rng(23), 1, length)
     want = run(reference.selective_scan, inputs, segment_ids, 64, everything)
     # The interpreter does not know that reads beyond the end give zeros, so whole tiles are made before.
-    tiles = Tiles(**{**vars(tiles), "pad": True})
+    tiles = dataclasses.replace(tiles, pad=True)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = jax.block_until_ready(run(mosaic_gpu.scan_in_tiles, inputs, segment_ids, everything, tiles))
     assert_close(got, want)
@@ -92,7 +89,7 @@ def test_kernels_lower_for_a_gpu_without_one(states, dtype):
     inputs["D"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
     inputs["initial_state"] = jax.ShapeDtypeStruct((2, channels, states), jnp.float32)
     segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    tiles = Tiles(steps=16 if states == 8 else 8, programs=16, backward_programs=16)
+    tiles = dataclasses.replace(mosaic_gpu.tiles_for(states), programs=16)
 
     def loss(inputs, segment_ids):
         y, state = mosaic_gpu.scan_in_tiles(**inputs, segment_ids=segment_ids, softplus=True, tiles=tiles)
@@ -202,11 +199,11 @@ def test_kernels_equal_the_chunked_form_at_the_tasks_size():
     ("rows", "length", "forward", "backward"),
     [
         # The batch of the task, padded and packed; rows that nearly fill the device; single rows.
-        (64, 1057, 1, 1),
-        (25, 1280, 8, 2),
-        (49, 1280, 1, 1),
-        (1, 4096, 43, 43),
-        (1, 65_536, 50, 50),
+        (64, 1057, 2, 2),
+        (25, 1280, 5, 5),
+        (160, 1280, 1, 1),
+        (1, 4096, 64, 64),
+        (1, 65_536, 66, 66),
     ],
 )
 def test_time_is_cut_where_rows_do_not_fill_the_device(rows, length, forward, backward):

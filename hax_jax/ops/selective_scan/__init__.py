@@ -53,7 +53,7 @@ def selective_scan(
         this call on this device.
 
     Source: Mamba (arXiv 2312.00752), section 3.2. Memory grows as b t e, plus b chunk_size e n while a chunk
-    is worked on and b (t / chunk_size) e n for the backward pass ('mosaic_gpu': b (t / 16) e n only).
+    is worked on and b (t / chunk_size) e n for the backward pass ('mosaic_gpu': b (t / 8) e n only).
     """
     (b, t, e), n = x.shape, A.shape[1]
     dispatch.check_shape("selective_scan", "dt", dt.shape, (b, t, e), "b, t, e")

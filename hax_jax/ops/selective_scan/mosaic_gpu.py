@@ -32,51 +32,44 @@ class Tiles:
     """How the work is cut; the defaults are what measured best (docs/performance.md).
 
     Args:
-      steps: positions of a tile, 8 or 16; the state that enters each tile is saved for the backward pass.
+      steps: positions of a tile of the forward pass, 8, 16 or 32 and no less than `backward_steps`.
       lanes: lanes that share the states of one channel, 1, 2 or 4; a group is 128 / lanes channels.
       groups: groups of channels a program of the forward pass works on.
+      backward_steps: the same for the backward pass; the state that enters each of its tiles is saved for it.
       backward_lanes: as `lanes`, for the backward pass.
       backward_groups: the same for the backward pass.
-      enough: programs that fill the GPU. Where rows give about as many, time is not cut: that costs every
-        exponential once more.
-      programs: where time is cut, it is into as many chunks as make this many, so that programs hide each
-        other's waiting; but into no more than 16 for that, since every chunk joins those before it.
-      backward_programs: the same for the backward pass, whose programs are larger.
+      programs: that the GPU works on at a time. Where there are fewer, time is cut into chunks; that costs
+        every exponential once more.
       keep_decays: whether the backward pass keeps a tile's decays in registers or computes them twice.
       pad: pad the inputs to whole tiles, for an interpreter that does not know reads beyond the end.
     """
 
     steps: int = 16
-    lanes: int = 4
+    lanes: int = 2
     groups: int = 1
+    backward_steps: int = 8
     backward_lanes: int = 4
-    backward_groups: int = 1
-    enough: int = 200
-    programs: int = 800
-    backward_programs: int = 200
+    backward_groups: int = 2
+    programs: int = 264
     keep_decays: bool = True
     pad: bool = False
 
     def plan(self, x: jax.Array, states: int, length: int, softplus: bool, backward: bool) -> Plan:
         batch, _, channels = x.shape
-        lanes, groups, programs = self.lanes, self.groups, self.programs
+        steps, lanes, groups = self.steps, self.lanes, self.groups
         if backward:
-            lanes, groups, programs = self.backward_lanes, self.backward_groups, self.backward_programs
-        tiles = pl.cdiv(length, self.steps)
+            steps, lanes, groups = self.backward_steps, self.backward_lanes, self.backward_groups
+        tiles = pl.cdiv(length, steps)
         while True:
             width = WARPGROUP // lanes * groups
-            whole = batch * channels / width
-            chunks = round(self.enough / whole)
-            if chunks > 1:
-                chunks = max(chunks, min(round(programs / whole), MANY_CHUNKS))
-            chunks = min(max(chunks, 1), tiles)
+            chunks = min(max(self.programs * width // (batch * channels), 1), tiles)
             # Wide programs do more with what they load; but every chunk joins those before it.
             if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
                 break
             lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
         chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
-        return Plan(batch, length, channels, states, self.steps, lanes, groups, chunks, softplus)
+        return Plan(batch, length, channels, states, steps, lanes, groups, chunks, softplus)
 
 
 def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
@@ -98,9 +91,13 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, so
     """As `ops.selective_scan`; raises ValueError where the kernels cannot run the call."""
     del chunk_size
     dispatch.check_mosaic_gpu("selective_scan", why_not(x, dt, A, B, C))
-    # A tile's states have to fit into the registers.
-    tiles = Tiles() if A.shape[1] <= 16 else Tiles(steps=8)
+    tiles = tiles_for(A.shape[1])
     return scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus, tiles)
+
+
+def tiles_for(states: int) -> Tiles:
+    """How the work is cut for so many states: those of a tile have to fit into the registers."""
+    return Tiles() if states <= 16 else Tiles(lanes=4, backward_groups=1)
 
 
 def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool, tiles: Tiles):
@@ -109,9 +106,8 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool,
     A, D, initial_state = (None if p is None else p.astype(jnp.float32) for p in (A, D, initial_state))
     reset = None
     if segment_ids is not None:
-        reset = pad_time(segments.starts(segment_ids), tiles.steps).reshape(x.shape[0], -1, tiles.steps)
+        reset = pad_time(segments.starts(segment_ids), RESET_ROW)
         reset = jnp.where(reset, RESET, 0.0).astype(jnp.float32)
-        reset = pad_time(reset, RESET_ROW, axis=2)
     # A row shorter than a tile is made one: a copy of more positions than there are is not relied on.
     if tiles.pad or length < tiles.steps:
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
@@ -182,9 +178,10 @@ def _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save):
         "last": _float32(plan.batch, plan.channels, plan.states),
     }
     if save:
-        outputs["entry_out"] = _float32(plan.batch, plan.tiles, plan.channels, plan.states)
+        entries = plan.tiles * (plan.steps // tiles.backward_steps)
+        outputs["entry_out"] = _float32(plan.batch, entries, plan.channels, plan.states)
     results = _call(
-        kernels.forward_body,
+        functools.partial(kernels.forward_body, entry_steps=tiles.backward_steps),
         plan,
         inputs | {"C": C},
         {"A": A, "D": D, "start": start, **chunks},
@@ -195,19 +192,22 @@ def _forward(x, dt, A, B, C, D, start, reset, length, softplus, tiles, save):
 
 
 def _chunks(inputs, A, plan: Plan, reverse: bool) -> dict[str, jax.Array]:
-    """Decay and state of every chunk, where there is more than one."""
+    """Decay and state of every chunk that another follows, where there is more than one."""
     if plan.chunks == 1:
         return {}
-    shape = _float32(plan.batch, plan.chunks, plan.channels, plan.states)
+    shape = _float32(plan.batch, plan.chunks - 1, plan.channels, plan.states)
     body = functools.partial(kernels.chunk_body, reverse=reverse)
-    return _call(body, plan, inputs, {"A": A}, {"chunk_decay": shape, "chunk_state": shape}, {})
+    outputs = {"chunk_decay": shape, "chunk_state": shape}
+    return _call(body, plan, inputs, {"A": A}, outputs, {}, chunks=plan.chunks - 1)
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Array]:
+def _call(
+    body, plan: Plan, timed, whole, outputs, scratch, chunks: int | None = None
+) -> dict[str, jax.Array]:
     """Runs a body on a grid of (row, block of channels, chunk of time).
 
     Args:
@@ -217,6 +217,7 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
       whole: other inputs; those that are None are left out.
       outputs: shapes of the results by name.
       scratch: further shared memory by name.
+      chunks: how many chunks there is a program for; None for all.
     """
     timed = {name: array for name, array in timed.items() if array is not None}
     inputs = timed | {name: array for name, array in whole.items() if array is not None}
@@ -245,7 +246,7 @@ def _call(body, plan: Plan, timed, whole, outputs, scratch) -> dict[str, jax.Arr
         kernel,
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
-        grid=(plan.batch, plan.blocks, plan.chunks),
+        grid=(plan.batch, plan.blocks, chunks or plan.chunks),
         grid_names=("b", "block", "chunk"),
         # Tiles are read only after their barrier, and every slot is refilled only after one, so the barriers
         # that would be put around each access are not needed.

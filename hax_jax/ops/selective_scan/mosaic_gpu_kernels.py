@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,9 +18,11 @@ BACKWARD_AHEAD = 2
 def chunk_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], reverse: bool) -> None:
     """What a chunk does to any state: its decay, and the state it leaves behind when it begins with zero.
 
-    In reverse the state is the gradient that leaves the chunk at its beginning.
+    In reverse the state is the gradient that leaves the chunk at its beginning. Nothing follows the last
+    chunk of this order, so it has no program.
     """
-    program = Program(plan, refs, timed, reverse)
+    index = lax.axis_index("chunk")
+    program = Program(plan, refs, timed, reverse, chunk=index + 1 if reverse else index)
     rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
 
     def tile(_, slot, carry):
@@ -37,14 +40,14 @@ def chunk_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], 
                     states[j] = decay * states[j] + drive
                 exponents[j] = exponents[j] + dt
                 if "reset" in timed:
-                    exponents[j] = exponents[j] + refs.reset_tile[slot, t]
+                    exponents[j] = exponents[j] + program.reset(slot, t)
         plgpu.commit_smem()
         return tuple(states), tuple(exponents)
 
     states, exponents = program.over_tiles(tile, (program.zeros(), program.no_channels()))
     decays = [jnp.exp2(_passed(program, total, rate)) for total, rate in zip(exponents, rates, strict=True)]
-    program.store_states(refs.chunk_state.at[program.batch, program.chunk], states)
-    program.store_states(refs.chunk_decay.at[program.batch, program.chunk], decays)
+    program.store_states(refs.chunk_state.at[program.batch, index], states)
+    program.store_states(refs.chunk_decay.at[program.batch, index], decays)
 
 
 def _passed(program: Program, total: jax.Array, rate: jax.Array) -> jax.Array:
@@ -53,8 +56,8 @@ def _passed(program: Program, total: jax.Array, rate: jax.Array) -> jax.Array:
     return jnp.where(total < RESET / 2, RESET, total * rate)
 
 
-def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]) -> None:
-    """y of a chunk, the state that enters each of its tiles, and in the last chunk the last state."""
+def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...], entry_steps: int) -> None:
+    """y of a chunk, the state before every `entry_steps` positions, and in the last chunk the last state."""
     program = Program(plan, refs, timed, reverse=False)
     rates = tuple(a * LOG2_E for a in program.load_states(refs.A))
     skip = program.load_channels(refs.D) if hasattr(refs, "D") else None
@@ -64,11 +67,12 @@ def forward_body(refs: types.SimpleNamespace, plan: Plan, timed: tuple[str, ...]
 
     def tile(index, slot, states):
         states = list(states)
-        if hasattr(refs, "entry_out"):
-            program.store_states(refs.entry_out.at[program.batch, index], states)
         # The copy of y two tiles ago has to have left this slot.
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         for t, B, C, rows in program.ahead(range(plan.steps), slot, ("dt", "x"), FORWARD_AHEAD):
+            if hasattr(refs, "entry_out") and t % entry_steps == 0:
+                entry = index * (plan.steps // entry_steps) + t // entry_steps
+                program.store_states(refs.entry_out.at[program.batch, entry], states)
             for j, (dt, x) in enumerate(rows):
                 drive = program.along_states(dt * x) * B
                 states[j] = program.decay(dt, rates[j], slot, t) * states[j] + drive

@@ -26,7 +26,7 @@ RESET = -1e30
 JOINED = 4
 # Tiles in flight or in use at a time.
 SLOTS = 2
-# Resets of a tile, padded to what the copy engine can place.
+# Resets are copied so many at a time, the fewest that the copy engine moves: those of a tile are among them.
 RESET_ROW = 32
 
 
@@ -95,15 +95,24 @@ class Plan:
 class Program:
     """One program: where this program is, and how values come into registers."""
 
-    def __init__(self, plan: Plan, refs: types.SimpleNamespace, timed: tuple[str, ...], reverse: bool):
+    def __init__(
+        self,
+        plan: Plan,
+        refs: types.SimpleNamespace,
+        timed: tuple[str, ...],
+        reverse: bool,
+        chunk: jax.Array | None = None,
+    ):
         self.plan, self.refs, self.timed, self.reverse = plan, refs, timed, reverse
         self.layout = plan.state_layout()
         self.row, self.column = self.layout.reduce(1), self.layout.reduce(0)
         self.batch, self.block = lax.axis_index("b"), lax.axis_index("block")
-        self.chunk = lax.axis_index("chunk")
+        self.chunk = lax.axis_index("chunk") if chunk is None else chunk
         self.first = self.chunk * plan.tiles_per_chunk
         self.count = jnp.minimum(plan.tiles_per_chunk, plan.tiles - self.first)
         self.lanes = pl.ds(self.block * plan.width, plan.width)
+        # Of those that are copied with a tile; known once it is (`over_tiles`).
+        self.resets_before = jnp.int32(0)
 
     def tile_of(self, index: jax.Array) -> jax.Array:
         """The tile that comes `index`-th in this program's order."""
@@ -119,7 +128,8 @@ class Program:
                 case "entry":
                     source = source.at[self.batch, tile, self.lanes]
                 case "reset":
-                    source = source.at[self.batch, tile]
+                    start = lax.div(tile * self.plan.steps, RESET_ROW) * RESET_ROW
+                    source = source.at[self.batch, pl.ds(start, RESET_ROW)]
                 case "B" | "C":
                     source = source.at[self.batch, time]
                 case _:
@@ -137,6 +147,7 @@ class Program:
         def step(index, carry):
             slot = lax.rem(index, jnp.int32(SLOTS))
             plgpu.barrier_wait(self.refs.full.at[slot])
+            self.resets_before = lax.rem(self.tile_of(index) * self.plan.steps, RESET_ROW)
             self.prepare(self.tile_of(index), slot)
             carry = body(self.tile_of(index), slot, carry)
             # Every body ends with a barrier of its warpgroup after its last look at the slot.
@@ -261,18 +272,25 @@ class Program:
         """exp(dt A), and 0 where a segment begins; `rate` is A log2(e)."""
         exponent = self.along_states(dt) * rate
         if "reset" in self.timed:
-            exponent = exponent + self.refs.reset_tile[slot, t]
+            exponent = exponent + self.reset(slot, t)
         return jnp.exp2(exponent)
+
+    def reset(self, slot, t: int) -> jax.Array:
+        """RESET where a segment begins at position t of the tile, else 0."""
+        return self.refs.reset_tile[slot, self.resets_before + t]
 
     def joined(self, start, chunks):
         """The state that reaches this chunk, from `start` through what other chunks do to it."""
+
+        # There are numbers of all chunks but one, the last in this order.
+        known = self.plan.chunks - 1
 
         def through(step, carry):
             # Several at a time, so that their loads are under way together; past the last nothing changes.
             for index in (step * JOINED + offset for offset in range(JOINED)):
                 valid = (index < chunks).astype(jnp.float32)
-                chunk = jnp.minimum(index, self.plan.chunks - 1)
-                chunk = self.plan.chunks - 1 - chunk if self.reverse else chunk
+                chunk = jnp.minimum(index, known - 1)
+                chunk = known - 1 - chunk if self.reverse else chunk
                 decay = self.load_states(self.refs.chunk_decay.at[self.batch, chunk])
                 local = self.load_states(self.refs.chunk_state.at[self.batch, chunk])
                 carry = tuple(
