@@ -126,7 +126,18 @@ def test_without_a_gpu_the_named_form_raises():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "everything"),
-    [(2, 1, 32, True), (3, 65, 64, True), (2, 1057, 128, False), (2, 1057, 128, True), (1, 4099, 256, True)],
+    [
+        (2, 1, 32, True),
+        (3, 9, 128, True),
+        # All channels in one program: the copies are as wide as the arrays.
+        (3, 65, 32, True),
+        (3, 65, 64, True),
+        (2, 1057, 128, False),
+        # Many chunks of narrow programs, few of wide ones.
+        (2, 1057, 128, True),
+        (24, 333, 128, True),
+        (1, 4099, 256, True),
+    ],
 )
 def test_kernels_equal_the_reference(batch, length, channels, everything, dtype):
     inputs, segment_ids = make_inputs(batch, length, channels, 16, dtype, softplus=everything), None
@@ -140,9 +151,10 @@ def test_kernels_equal_the_reference(batch, length, channels, everything, dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 192])
 @pytest.mark.parametrize("states", [8, 32])
-def test_kernels_take_other_state_sizes(states):
-    inputs = make_inputs(2, 77, 64, states)
+def test_kernels_take_other_state_sizes(states, channels):
+    inputs = make_inputs(2, 77, channels, states)
     segment_ids = make_segments(rng(23), 2, 77)
     want = run(reference.selective_scan, inputs, segment_ids, 64, False)
     poison_memory()

@@ -55,11 +55,11 @@ class Tiles:
     pad: bool = False
 
     def plan(self, x: jax.Array, states: int, length: int, softplus: bool, backward: bool) -> Plan:
-        batch, _, channels = x.shape
+        batch, padded_length, channels = x.shape
         steps, lanes, groups = self.steps, self.lanes, self.groups
         if backward:
             steps, lanes, groups = self.backward_steps, self.backward_lanes, self.backward_groups
-        tiles = pl.cdiv(length, steps)
+        tiles = pl.cdiv(padded_length, steps)
         while True:
             width = WARPGROUP // lanes * groups
             chunks = min(max(self.programs * width // (batch * channels), 1), tiles)
@@ -69,7 +69,7 @@ class Tiles:
             lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
         chunks = pl.cdiv(tiles, pl.cdiv(tiles, chunks))
-        return Plan(batch, length, channels, states, steps, lanes, groups, chunks, softplus)
+        return Plan(batch, length, channels, states, steps, lanes, groups, tiles, chunks, softplus)
 
 
 def why_not(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
@@ -108,11 +108,21 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool,
     if segment_ids is not None:
         reset = pad_time(segments.starts(segment_ids), RESET_ROW)
         reset = jnp.where(reset, RESET, 0.0).astype(jnp.float32)
-    # A row shorter than a tile is made one: a copy of more positions than there are is not relied on.
-    if tiles.pad or length < tiles.steps:
+    if tiles.pad or _needs_whole_tiles(x, A.shape[1], tiles):
         x, dt, B, C = (pad_time(array, tiles.steps) for array in (x, dt, B, C))
     y, last = _scan(x, dt, A, B, C, D, initial_state, reset, length, softplus, tiles)
     return y[:, :length], last
+
+
+def _needs_whole_tiles(x: jax.Array, states: int, tiles: Tiles) -> bool:
+    """Whether copies beyond the end of a row would not end there.
+
+    A tile as wide as its array is copied as one piece, so its last positions would be the next row's. A row
+    shorter than a tile is made one, too: a copy of more positions than there are is not relied on.
+    """
+    length = x.shape[1]
+    plans = [tiles.plan(x, states, length, False, backward=backward) for backward in (False, True)]
+    return length < tiles.steps or any(plan.blocks == 1 and length % plan.steps for plan in plans)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))

@@ -32,7 +32,10 @@ RESET_ROW = 32
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of one call: (batch, length, channels, states) cut into tiles, groups of channels and chunks."""
+    """Sizes of one call: (batch, length, channels, states) cut into tiles, groups of channels and chunks.
+
+    `length` is without the pads that were put behind a row, `tiles` are those of the row with them.
+    """
 
     batch: int
     length: int
@@ -41,6 +44,7 @@ class Plan:
     steps: int
     lanes: int
     groups: int
+    tiles: int
     chunks: int
     softplus: bool
 
@@ -57,10 +61,6 @@ class Plan:
     @property
     def blocks(self) -> int:
         return self.channels // self.width
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.length // self.steps)
 
     @property
     def tiles_per_chunk(self) -> int:
