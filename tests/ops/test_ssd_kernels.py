@@ -83,6 +83,20 @@ def test_interpreted_kernels_equal_the_reference(dtype, segmented):
     assert_equal_forms(got, want, dtype)
 
 
+def test_a_large_skip_leaves_the_gradient_of_the_decays_as_it_is():
+    """At the time steps of a new model almost all of y is D x, which that gradient does not depend on."""
+    inputs = make_inputs(1, 64, 4, 16, 1, 16)
+    inputs |= {"dt": normal(rng(6), 1, 64, 4) / 10, "dt_bias": jnp.full(4, -6.0), "D": jnp.full(4, 300.0)}
+    with jax.enable_x64(True):
+        exact = run(reference.ssd, jax.tree.map(lambda x: x.astype(jnp.float64), inputs), None, 64)[1]
+        exact = jax.tree.map(np.asarray, exact)
+    mosaic_interpreter.install()
+    with plgpu.force_gpu_interpret_mode(mosaic_interpreter.SETTINGS):
+        got = jax.block_until_ready(run(mosaic_gpu.ssd_in_tiles, inputs, None, tiles_of(inputs)))[1]
+    for name in ("A", "dt_bias", "dt"):
+        assert relative_error(got[name], exact[name]) <= TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
