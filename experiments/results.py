@@ -135,8 +135,11 @@ def paper_accuracy(result: dict[str, Any]) -> float | None:
 
 
 def row_name(result: dict[str, Any]) -> str:
-    """The row of Table 3 that a result belongs to: its name, without what a population adds for a member."""
-    return re.sub(r"_lr[0-9.e+-]+_seed[0-9]+$", "", result["config"]["name"])
+    """The row of Table 3 that a result belongs to.
+
+    That is its name, without thousands of steps behind it and what a population adds for a member.
+    """
+    return re.sub(r"(_[0-9]+k)?(_lr[0-9.e+-]+_seed[0-9]+)?$", "", result["config"]["name"])
 
 
 def by_seed(found: Sequence[Any], result_of: Callable[[Any], dict[str, Any]]) -> list[list[Any]]:

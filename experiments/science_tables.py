@@ -52,7 +52,8 @@ def recall_table(result: dict[str, Any]) -> str:
     ]
     names = [f"`{name}`" for name in columns]
     seed = result["config"]["seed"]
-    header = f"\n`{results.row_name(result)}`, seed {seed}, validation, percent:\n"
+    steps = f"{result['steps']:,} steps"
+    header = f"\n`{results.row_name(result)}`, seed {seed}, {steps}, validation, percent:\n"
     return header + _table(("step", "accuracy", *names), rows)
 
 
