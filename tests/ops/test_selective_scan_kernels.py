@@ -51,7 +51,8 @@ def run(function, inputs, segment_ids, *rest):
 # full, both ways to get the decays of the backward pass, with and without what is optional.
 INTERPRETED = {
     "plain": (Tiles(lanes=1, backward_lanes=2, backward_groups=1, programs=1), 128, 9, False),
-    "chunks": (Tiles(steps=8, lanes=4, programs=4, keep_decays=False), 64, 19, True),
+    # Two tiles of the backward pass in one of the forward pass, and resets in more than one row of them.
+    "chunks": (Tiles(programs=3, keep_decays=False), 64, 41, True),
 }
 
 
@@ -81,8 +82,9 @@ def test_interpreted_kernels_equal_the_reference(case):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize(("states", "dtype"), [(16, jnp.bfloat16), (8, jnp.float32), (32, jnp.float32)])
-def test_kernels_lower_for_a_gpu_without_one(states, dtype):
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(("states", "dtype"), [(16, jnp.bfloat16), (8, jnp.bfloat16), (32, jnp.float32)])
+def test_kernels_lower_for_a_gpu_without_one(states, dtype, x64):
     """Layouts, shared memory and copies are checked on any machine; lengths and channels as in the task."""
     length, channels = 1057, 128
     inputs = jax.eval_shape(lambda: make_inputs(2, length, channels, states, dtype, softplus=True))
@@ -95,7 +97,8 @@ def test_kernels_lower_for_a_gpu_without_one(states, dtype):
         y, state = mosaic_gpu.scan_in_tiles(**inputs, segment_ids=segment_ids, softplus=True, tiles=tiles)
         return y.sum() + state.sum()
 
-    lowered = jax.jit(jax.grad(loss)).trace(inputs, segment_ids).lower(lowering_platforms=("cuda",))
+    with jax.enable_x64(x64):
+        lowered = jax.jit(jax.grad(loss)).trace(inputs, segment_ids).lower(lowering_platforms=("cuda",))
     # What every chunk does, then the pass itself: forward and backward.
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 4
 
@@ -151,14 +154,14 @@ def test_kernels_equal_the_reference(batch, length, channels, everything, dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [64, 192])
+@pytest.mark.parametrize(("channels", "dtype"), [(64, "float32"), (192, "bfloat16")])
 @pytest.mark.parametrize("states", [8, 32])
-def test_kernels_take_other_state_sizes(states, channels):
-    inputs = make_inputs(2, 77, channels, states)
+def test_kernels_take_other_state_sizes(states, channels, dtype):
+    inputs = make_inputs(2, 77, channels, states, dtype)
     segment_ids = make_segments(rng(23), 2, 77)
     want = run(reference.selective_scan, inputs, segment_ids, 64, False)
     poison_memory()
-    assert_close(run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, False), want)
+    assert_close(run(mosaic_gpu.selective_scan, inputs, segment_ids, 64, False), want, dtype)
 
 
 @pytest.mark.gpu
@@ -208,17 +211,24 @@ def test_kernels_equal_the_chunked_form_at_the_tasks_size():
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "forward", "backward"),
+    ("rows", "length", "width", "chunks"),
     [
-        # The batch of the task, padded and packed; rows that nearly fill the device; single rows.
-        (64, 1057, 2, 2),
-        (25, 1280, 5, 5),
-        (160, 1280, 1, 1),
-        (1, 4096, 64, 64),
-        (1, 65_536, 66, 66),
+        # The batch of the task, padded and packed; more rows, by narrow programs where wide ones would leave
+        # half of the device empty; single rows.
+        (64, 1057, 64, 2),
+        (25, 1280, 64, 5),
+        (67, 1280, 32, 1),
+        (100, 1280, 64, 1),
+        (1, 4096, 32, 64),
+        (1, 65_536, 32, 66),
     ],
 )
-def test_time_is_cut_where_rows_do_not_fill_the_device(rows, length, forward, backward):
+def test_time_is_cut_where_rows_do_not_fill_the_device(rows, length, width, chunks):
     x = jnp.zeros((rows, length, 128), jnp.bfloat16)
     plans = [Tiles().plan(x, 16, length, True, backward=is_backward) for is_backward in (False, True)]
-    assert [plan.chunks for plan in plans] == [forward, backward]
+    assert [(plan.width, plan.chunks) for plan in plans] == [(width, chunks)] * 2
+
+
+def test_tiles_of_the_two_passes_must_fit_each_other():
+    with pytest.raises(ValueError, match="`steps` must be a multiple of 16, got 8"):
+        Tiles(steps=8, backward_steps=16)

@@ -24,6 +24,8 @@ from hax_jax.ops.selective_scan.mosaic_gpu_program import RESET, RESET_ROW, SLOT
 # A warpgroup's lanes, four to a channel.
 MIN_CHANNELS = 32
 MANY_CHUNKS = 16
+# The share of the programs that the GPU works on at a time which is not worth narrower ones.
+ENOUGH = 0.6
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
@@ -32,12 +34,12 @@ class Tiles:
     """How the work is cut; the defaults are what measured best (docs/performance.md).
 
     Args:
-      steps: positions of a tile of the forward pass, 8, 16 or 32 and no less than `backward_steps`.
+      steps: positions of a tile of the forward pass, 8, 16 or 32; a multiple of `backward_steps`.
       lanes: lanes that share the states of one channel, 1, 2 or 4; a group is 128 / lanes channels.
       groups: groups of channels a program of the forward pass works on.
-      backward_steps: the same for the backward pass; the state that enters each of its tiles is saved for it.
+      backward_steps: as `steps`, for the backward pass; the state that enters each of its tiles is saved.
       backward_lanes: as `lanes`, for the backward pass.
-      backward_groups: the same for the backward pass.
+      backward_groups: as `groups`, for the backward pass.
       programs: that the GPU works on at a time. Where there are fewer, time is cut into chunks; that costs
         every exponential once more.
       keep_decays: whether the backward pass keeps a tile's decays in registers or computes them twice.
@@ -54,6 +56,10 @@ class Tiles:
     keep_decays: bool = True
     pad: bool = False
 
+    def __post_init__(self):
+        if self.steps % self.backward_steps:
+            raise ValueError(f"`steps` must be a multiple of {self.backward_steps}, got {self.steps}")
+
     def plan(self, x: jax.Array, states: int, length: int, softplus: bool, backward: bool) -> Plan:
         batch, padded_length, channels = x.shape
         steps, lanes, groups = self.steps, self.lanes, self.groups
@@ -62,9 +68,12 @@ class Tiles:
         tiles = pl.cdiv(padded_length, steps)
         while True:
             width = WARPGROUP // lanes * groups
-            chunks = min(max(self.programs * width // (batch * channels), 1), tiles)
-            # Wide programs do more with what they load; but every chunk joins those before it.
-            if width == MIN_CHANNELS or (channels % width == 0 and chunks <= MANY_CHUNKS):
+            programs = batch * channels / width
+            chunks = min(max(int(self.programs / programs), 1), tiles)
+            # Wide programs do more with what they load; but every chunk joins those before it, and a number
+            # of programs that is not worth cutting must not leave much of the GPU empty.
+            fits = channels % width == 0 and chunks <= MANY_CHUNKS
+            if width == MIN_CHANNELS or (fits and programs * chunks >= ENOUGH * self.programs):
                 break
             lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
@@ -115,9 +124,9 @@ def scan_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, softplus: bool,
 
 
 def _needs_whole_tiles(x: jax.Array, states: int, tiles: Tiles) -> bool:
-    """Whether copies beyond the end of a row would not end there.
+    """Whether copies of results beyond the end of a row would not end there.
 
-    A tile as wide as its array is copied as one piece, so its last positions would be the next row's. A row
+    A tile as wide as its array is written as one piece, so its last positions would be the next row's. A row
     shorter than a tile is made one, too: a copy of more positions than there are is not relied on.
     """
     length = x.shape[1]
@@ -242,7 +251,8 @@ def _call(
         for name, array in timed.items()
     }
     for name in ("B", "C"):
-        if name in timed and timed[name].dtype != jnp.float32:
+        # Fewer values than lanes have no layout; they are read as they are.
+        if name in timed and timed[name].dtype != jnp.float32 and plan.tile_states >= WARPGROUP:
             scratch[f"wide_{name}"] = plgpu.SMEM((plan.steps, plan.states), jnp.float32)
     if plan.softplus:
         scratch["time_steps"] = plgpu.SMEM((plan.steps, plan.width), jnp.float32)

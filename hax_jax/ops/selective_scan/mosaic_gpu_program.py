@@ -26,7 +26,7 @@ RESET = -1e30
 JOINED = 4
 # Tiles in flight or in use at a time.
 SLOTS = 2
-# Resets are copied so many at a time, the fewest that the copy engine moves: those of a tile are among them.
+# Resets are copied 128 bytes at a time, the fewest that Pallas copies; those of a tile are among them.
 RESET_ROW = 32
 
 
@@ -128,7 +128,7 @@ class Program:
                 case "entry":
                     source = source.at[self.batch, tile, self.lanes]
                 case "reset":
-                    start = lax.div(tile * self.plan.steps, RESET_ROW) * RESET_ROW
+                    start = lax.div(tile * self.plan.steps, jnp.int32(RESET_ROW)) * RESET_ROW
                     source = source.at[self.batch, pl.ds(start, RESET_ROW)]
                 case "B" | "C":
                     source = source.at[self.batch, time]
@@ -147,7 +147,7 @@ class Program:
         def step(index, carry):
             slot = lax.rem(index, jnp.int32(SLOTS))
             plgpu.barrier_wait(self.refs.full.at[slot])
-            self.resets_before = lax.rem(self.tile_of(index) * self.plan.steps, RESET_ROW)
+            self.resets_before = lax.rem(self.tile_of(index) * self.plan.steps, jnp.int32(RESET_ROW))
             self.prepare(self.tile_of(index), slot)
             carry = body(self.tile_of(index), slot, carry)
             # Every body ends with a barrier of its warpgroup after its last look at the slot.
@@ -299,4 +299,5 @@ class Program:
                 )
             return carry
 
-        return lax.fori_loop(jnp.int32(0), pl.cdiv(chunks, JOINED), through, start)
+        rounds = lax.div(chunks + (JOINED - 1), jnp.int32(JOINED))
+        return lax.fori_loop(jnp.int32(0), rounds, through, start)

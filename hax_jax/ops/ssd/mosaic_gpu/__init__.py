@@ -35,8 +35,13 @@ def ssd_in_tiles(x, dt, A, B, C, D, initial_state, segment_ids, tiles: Tiles, dt
     x_rows, B_rows, C_rows = (array.reshape(batch, length, -1) for array in (x, B, C))
     single = lambda tree: jax.tree.map(lambda array: array.astype(jnp.float32), tree)  # noqa: E731
     dt, A, D, initial_state, dt_bias = single((dt, A, D, initial_state, dt_bias))
-    y, final = _ssd(x_rows, dt, A, B_rows, C_rows, D, initial_state, _runs(ids), dt_bias, tiles)
-    return y.reshape(x.shape), final
+    # With short time steps D x is most of y, and the gradient of the decays needs y without it: taken off
+    # again, it leaves its rounding, some 1e-5 of that gradient. That of bfloat16 inputs is far larger anyway.
+    apart = tiles.planes > 1
+    inside = jnp.zeros_like(D) if apart else D
+    y, final = _ssd(x_rows, dt, A, B_rows, C_rows, inside, initial_state, _runs(ids), dt_bias, tiles)
+    y = y.reshape(x.shape)
+    return y + D[:, None] * x if apart else y, final
 
 
 def _runs(ids):
@@ -81,21 +86,9 @@ def _forward(x, dt, A, B, C, D, initial_state, run, dt_bias, tiles):
     x, B, C = (_planes(array, tiles) for array in (x, B, C))
     left = states.chunk_states(x, leave * by_chunk, B, tiles.halved())
     before, final = states.carry_states(left, enter, initial_state, tiles, reverse=False)
-    time = slice(dt.shape[1])
-    skip = jnp.zeros_like(D) if _keeps_skip_apart(tiles) else D
-    y = kept = forward.outputs(x, B, C, before, skip, cum, by_chunk, enter, run, tiles.halved())[:, time]
-    if _keeps_skip_apart(tiles):
-        y = kept + jnp.repeat(D, tiles.head_dim) * x.astype(jnp.float32).sum(0)[:, time]
-    return (y, final), (x, A, B, C, D, vectors, run, before, kept, dt_bias)
-
-
-def _keeps_skip_apart(tiles: Tiles) -> bool:
-    """Whether D x is added to y outside the kernel, which costs a pass over y.
-
-    With short time steps D x is most of y, and the gradient of the decays needs y without it: taken off
-    again, it leaves its rounding, some 1e-5 of that gradient. That of bfloat16 inputs is far larger anyway.
-    """
-    return tiles.planes > 1
+    y = forward.outputs(x, B, C, before, D, cum, by_chunk, enter, run, tiles.halved())
+    y = y[:, : dt.shape[1]]
+    return (y, final), (x, A, B, C, D, vectors, run, before, y, dt_bias)
 
 
 def _backward(tiles, residuals, cotangents):
@@ -117,9 +110,7 @@ def _backward(tiles, residuals, cotangents):
     # what it added. The last is summed from `left`, so that it cancels what `direct` holds of it.
     time = slice(dy.shape[1])
     by_head = (*dy.shape[:2], A.shape[0], tiles.head_dim)
-    through_y = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1))
-    if not _keeps_skip_apart(tiles):
-        through_y = through_y - D[:, None] * skip
+    through_y = _by_chunk((y * dy.astype(jnp.float32)).reshape(by_head).sum(-1)) - D[:, None] * skip
     grown = through_y - by_chunk * direct
     decay = enter[..., -1]
     grown = grown.at[..., -1].add(decay * _overlap(before, after, decay.shape) + (by_chunk * left).sum(-1))
