@@ -68,12 +68,12 @@ class Tiles:
         tiles = pl.cdiv(padded_length, steps)
         while True:
             width = WARPGROUP // lanes * groups
-            programs = batch * channels / width
-            chunks = min(max(int(self.programs / programs), 1), tiles)
+            uncut = batch * channels / width
+            chunks = min(max(int(self.programs / uncut), 1), tiles)
             # Wide programs do more with what they load; but every chunk joins those before it, and a number
             # of programs that is not worth cutting must not leave much of the GPU empty.
             fits = channels % width == 0 and chunks <= MANY_CHUNKS
-            if width == MIN_CHANNELS or (fits and programs * chunks >= ENOUGH * self.programs):
+            if width == MIN_CHANNELS or (fits and uncut * chunks >= ENOUGH * self.programs):
                 break
             lanes, groups = (lanes, groups // 2) if groups > 1 else (lanes * 2, 1)
         # As many chunks as hold a tile each when all but the last have the same number of tiles.
