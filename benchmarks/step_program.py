@@ -13,16 +13,9 @@ from jax.sharding import Mesh
 from hax_jax.config import ConfigError, Experiment
 from hax_jax.data import make_split
 from hax_jax.training import initialise
-from hax_jax.training.dispatch import in_one_graph, make_read, make_update, steps_per_dispatch, take_raws
 from hax_jax.training.optimizer import make_optimizer
-from hax_jax.training.sharding import (
-    batch_sharding,
-    make_mesh,
-    put_batch,
-    put_replicated,
-    replicated,
-    split_rows,
-)
+from hax_jax.training.sharding import batch_sharding, make_mesh, put_replicated, replicated, split_rows
+from hax_jax.training.updates import Updates
 
 # In a CUDA graph a kernel loses the name of the operation it belongs to.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
@@ -89,27 +82,12 @@ class StepProgram:
         self._described = mesh is not None
         self.mesh = mesh or make_mesh(batch_size=training.batch_size)
         split = make_split(experiment.data, "train", self.mesh.size)
-        self._accumulation = training.grad_accumulation_steps
-        self._batches = split.iterator(training.batch_size * self._accumulation, repeat=True)
         self.beginning = initialise.prepare(experiment, None, make_optimizer(training), self.mesh)
         self.materialize = split_rows(self.mesh, split.materialize)
-        members = experiment.members
-        self.members = max(len(members), 1)
-        rows, row_length = split.row_shape(training.batch_size)
-        self.positions = self.members * self._accumulation * rows * row_length
-        platform, share = self.mesh.devices.flat[0].platform, self.positions / self.mesh.size
-        self.steps = steps or steps_per_dispatch(training, platform, share)
-        self._update = make_update(
-            self.beginning,
-            split.materialize,
-            training,
-            self.mesh,
-            population=bool(members),
-            one_graph=in_one_graph(self.steps, share),
-        )
-        self._read = make_read(training, self.mesh, population=bool(members))
-        rates = [member.training.learning_rate for member in members] or training.learning_rate
-        self._rate: Any = np.asarray(rates, np.float32)
+        self.members = max(len(experiment.members), 1)
+        self._updates = Updates(experiment, split, self.beginning, self.mesh, steps)
+        self.positions, self.steps = self._updates.positions, self._updates.per_dispatch
+        self._rate: Any = self._updates.peak
         self._count: Any = np.int32(self.steps)
         if self._described:
             everywhere = replicated(self.mesh)
@@ -130,7 +108,8 @@ class StepProgram:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self.beginning.shapes
         )
-        lowered = self._update.lower(shapes, self._first_raws(), self._count, self._rate, None)
+        update = self._updates.program(self.steps)
+        lowered = update.lower(shapes, self._first_raws(), self._count, self._rate, None)
         traced = time.perf_counter()
         self.compiled = lowered.compile(compiler_options=options)
         self.seconds |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
@@ -167,20 +146,18 @@ class StepProgram:
         self.state = self.compiled(self.state, raws, self._count, self._rate, None)
         # While the device is busy, as in a run.
         self.next_raws()
-        return self._read(self.state, self._rate)
+        return self._updates.read(self.state, self._rate)
 
     def _first_raws(self) -> Any:
         """What is compiled for: raw batches, or their shapes where the devices are only described."""
         if not self._described:
             return self.next_raws()
         sharding = batch_sharding(self.mesh, axis=2)
-        raws = take_raws(self._batches, self.steps, self._accumulation)
+        raws = self._updates.take_raws(self.steps)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), raws)
 
     def next_raws(self) -> Any:
         """The raw batches of the next dispatch."""
         if self._next is None:
-            raws = take_raws(self._batches, self.steps, self._accumulation)
-            # One device takes NumPy arrays as they are, ten times faster than through device_put.
-            self._next = put_batch(self.mesh, raws, axis=2) if self.mesh.size > 1 else raws
+            self._next = self._updates.next_raws(self.steps)
         return self._next

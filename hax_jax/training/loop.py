@@ -19,15 +19,7 @@ from hax_jax.data import make_split
 from hax_jax.training import initialise
 from hax_jax.training.adapter import check_takes_packed_rows
 from hax_jax.training.checkpoints import Checkpoints, Restored, check_matches, fill, writer_thread
-from hax_jax.training.dispatch import (
-    dispatches_ahead,
-    in_one_graph,
-    make_read,
-    make_update,
-    steps_per_dispatch,
-    steps_until_due,
-    take_raws,
-)
+from hax_jax.training.dispatch import dispatches_ahead, steps_until_due
 from hax_jax.training.errors import CheckpointError, TrainingError
 from hax_jax.training.evaluate import EvalResult, make_evaluators
 from hax_jax.training.metrics import open_metrics
@@ -36,9 +28,10 @@ from hax_jax.training.processes import SharedStop
 from hax_jax.training.progress import Console, Progress, duration
 from hax_jax.training.refused import Refusals
 from hax_jax.training.restore import read_best
-from hax_jax.training.sharding import make_mesh, put_batch, put_replicated
+from hax_jax.training.sharding import make_mesh, put_replicated
 from hax_jax.training.signals import StopRequest
 from hax_jax.training.state import Purpose
+from hax_jax.training.updates import Updates
 from hax_jax.training.workdir import RunFolder, RunResult
 
 # Checkpoints kept in each folder: the newest, and older ones to go back to if it is damaged.
@@ -130,27 +123,15 @@ class Run:
             check_takes_packed_rows(type(model))
         names = ("train", "valid", "test")
         splits = {name: make_split(experiment.data, name, self.mesh.size) for name in names}
-        self.accumulation = training.grad_accumulation_steps
-        rows, row_length = splits["train"].row_shape(training.batch_size)
-        self.positions = max(len(experiment.members), 1) * self.accumulation * rows * row_length
         self.kept = self._put(splits["train"].keep())
-        self.batches = splits["train"].iterator(training.batch_size * self.accumulation, repeat=True)
 
         # The model, its optimiser, and compiled updates that take over the memory of the state they get.
         self.beginning = initialise.prepare(experiment, model, make_optimizer(training), self.mesh)
-        structure, members = self.beginning.structure, experiment.members
-        self.share = self.positions / self.mesh.size
-        self.per_dispatch = steps_per_dispatch(training, self.mesh.devices.flat[0].platform, self.share)
-        materialize = splits["train"].materialize
-        make = functools.partial(make_update, self.beginning, materialize, training, self.mesh)
-        # By whether a dispatch is one graph.
-        self.update = functools.cache(lambda is_one: make(population=bool(members), one_graph=is_one))
+        self.updates = Updates(experiment, splits["train"], self.beginning, self.mesh)
         # Arrays that stay where they are: what moves in memory is changed in the CUDA graphs that use it.
         self.count = functools.cache(lambda count: self._put(np.int32(count)))
-        self.read = make_read(training, self.mesh, population=bool(members))
-        rates = [member.training.learning_rate for member in members or [experiment]]
-        self.peak = self._put(np.asarray(rates if members else rates[0], np.float32))
-        self.evaluators = make_evaluators(structure, splits, experiment, self.mesh)
+        self.peak = self._put(self.updates.peak)
+        self.evaluators = make_evaluators(self.beginning.structure, splits, experiment, self.mesh)
 
         # Where things are kept.
         self.writer = writer_thread()
@@ -175,7 +156,7 @@ class Run:
             check_matches(restored, self.experiment.to_dict(), shapes, self.checkpoints.folder)
             self.checkpoints.set_aside_after(restored.step)
             self._take_up(fill(shapes, restored.arrays, self._put), restored)
-            self.batches.set_state(restored.meta["data"])
+            self.updates.batches.set_state(restored.meta["data"])
             self.step = self.last_saved = restored.step
             self.last_valid = restored.meta["last_valid"]
             self.console.line(f"going on from step {self.step}, saved in {self.checkpoints.folder}")
@@ -201,7 +182,7 @@ class Run:
     def train(self) -> None:
         """Steps until the last one or a signal; validates and saves on the way."""
         training, begin = self.training, self.step
-        self.progress = Progress(self.console, begin, training.num_steps, self.positions)
+        self.progress = Progress(self.console, begin, training.num_steps, self.updates.positions)
         ahead: collections.deque[jax.Array] = collections.deque()
         said = False
         while True:
@@ -280,15 +261,12 @@ class Run:
 
     def _take_steps(self) -> dict[str, jax.Array]:
         """Starts one dispatch; the metrics are those of its last step."""
-        count = steps_until_due(self.step, self.training, self.per_dispatch)
-        raws = take_raws(self.batches, count, self.accumulation)
-        if self.mesh.size > 1:
-            # One device takes NumPy arrays as they are, ten times faster than through device_put.
-            raws = put_batch(self.mesh, raws, axis=2)
-        update = self.update(in_one_graph(count, self.share))
-        self.state = update(self.state, raws, self.count(count), self.peak, self.kept)
+        updates = self.updates
+        count = steps_until_due(self.step, self.training, updates.per_dispatch)
+        raws = updates.next_raws(count)
+        self.state = updates.program(count)(self.state, raws, self.count(count), self.peak, self.kept)
         self.step += count
-        return self.read(self.state, self.peak)
+        return updates.read(self.state, self.peak)
 
     def _after_first_dispatch(self) -> None:
         jax.block_until_ready(self.state.step)
@@ -306,7 +284,7 @@ class Run:
         if self._on_cpu():
             # Several programs at once on simulated devices can wait for each other for ever.
             return 1 if self.mesh.size == 1 else 0
-        return dispatches_ahead(self.progress.seconds_per_step, self.per_dispatch)
+        return dispatches_ahead(self.progress.seconds_per_step, self.updates.per_dispatch)
 
     def _on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
@@ -360,7 +338,8 @@ class Run:
         self._write_metrics()
         self._check_state()
         self.metrics.flush()
-        self.checkpoints.save(self.step, self._saved(), self._meta() | {"data": self.batches.get_state()})
+        meta = self._meta() | {"data": self.updates.batches.get_state()}
+        self.checkpoints.save(self.step, self._saved(), meta)
         self.last_saved = self.step
         self.progress.pause(time.perf_counter() - begin)
 
