@@ -52,7 +52,7 @@ def run(function, inputs, segment_ids, *rest):
 INTERPRETED = {
     "plain": (Tiles(lanes=1, backward_lanes=2, backward_groups=1, programs=1), 128, 9, False),
     # Two tiles of the backward pass in one of the forward pass, and resets in more than one row of them.
-    "chunks": (Tiles(programs=3, keep_decays=False), 64, 41, True),
+    "chunks": (Tiles(programs=6, keep_decays=False), 128, 41, True),
 }
 
 
@@ -83,7 +83,9 @@ def test_interpreted_kernels_equal_the_reference(case):
 
 
 @pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize(("states", "dtype"), [(16, jnp.bfloat16), (8, jnp.bfloat16), (32, jnp.float32)])
+@pytest.mark.parametrize(
+    ("states", "dtype"), [(16, jnp.bfloat16), (8, jnp.float32), (8, jnp.bfloat16), (32, jnp.float32)]
+)
 def test_kernels_lower_for_a_gpu_without_one(states, dtype, x64):
     """Layouts, shared memory and copies are checked on any machine; lengths and channels as in the task."""
     length, channels = 1057, 128
@@ -134,6 +136,7 @@ def test_without_a_gpu_the_named_form_raises():
         (3, 9, 128, True),
         # All channels in one program: the copies are as wide as the arrays.
         (3, 65, 32, True),
+        (40, 65, 64, True),
         (3, 65, 64, True),
         (2, 1057, 128, False),
         # Many chunks of narrow programs, few of wide ones.
