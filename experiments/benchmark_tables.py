@@ -59,13 +59,17 @@ class Measured:
             found |= session.get("shapes", {})
         return found
 
+    def commit(self, measurement: dict[str, Any]) -> str:
+        """The code that a measurement is of, shortened."""
+        return _short(self.content["sessions"][measurement["session"]])
+
     def circumstances(self) -> str:
         """Device, versions and command of the sessions whose measurements stand in the file."""
         used = sorted({m["session"] for m in self.content["measurements"]})
         sessions = [self.content["sessions"][number] for number in used]
         lines = []
         for session in sessions:
-            commit = (session["commit"] or "unknown")[:7]
+            commit = _short(session)
             limits = session.get("ceilings", {})
             rates = ""
             if limits:
@@ -223,28 +227,33 @@ def _besides(measured: Measured, best: str) -> list[str]:
 
 
 def _step(measured: Measured) -> list[str]:
-    head = [
-        "config",
-        "ms a step",
-        "floor",
-        "tokens/s",
-        "positions/s",
-        "peak GiB",
-        "kernels",
-        "busy",
-        "first step, s",
-    ]
-    lines = [_row(head), _row(["---"] * len(head))]
+    """A table for every label with its settings, the latest first; a config is a row."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for m in measured.by_id.values():
+        groups.setdefault((m["label"], *m["changes"]), []).append(m)
+    lines = ["A training step, 64 items of joint recall, forward, backward and AdamW."]
+    for (label, *changes), found in sorted(groups.items(), key=lambda x: -max(m["session"] for m in x[1])):
+        settings = f" ({', '.join(f'`{change}`' for change in changes)})" if changes else ""
+        commits = _in_order(measured.commit(m) for m in found)
+        title = f"{(label or 'as configured').replace('_', ' ').capitalize()}{settings}"
+        lines += ["", f"{title}, commit {', '.join(commits)}:", "", *_steps_of_configs(found)]
+    return lines
+
+
+def _steps_of_configs(found: Iterable[dict[str, Any]]) -> list[str]:
+    head = ["config", "ms a step", "floor", "tokens/s", "positions/s", "peak GiB", "kernels", "busy"]
+    head.append("first step, s")
+    lines = [_row(head), _row(["---"] * len(head))]
+    for m in found:
         if "error" in m:
-            lines.append(_row([f"`{m['id']}`", m["error"], *[""] * (len(head) - 2)]))
+            lines.append(_row([f"`{m['config']}`", m["error"], *[""] * (len(head) - 2)]))
             continue
         program, traced, first = m["memory"]["program"], m["trace"], m["first_step"]
         cold = first.get("without_cache", {}).get("total")
         lines.append(
             _row(
                 [
-                    f"`{m['id']}`",
+                    f"`{m['config']}`",
                     _ms(m["time"]["seconds"]),
                     _ms(m["floor"]["total"]["seconds"]),
                     f"{m['tokens_per_s'] / 1e6:.1f}M",
@@ -256,7 +265,7 @@ def _step(measured: Measured) -> list[str]:
                 ]
             )
         )
-    return ["A training step, 64 items of joint recall, forward, backward and AdamW:", "", *lines]
+    return lines
 
 
 def _scans(measured: Measured) -> list[str]:
@@ -273,6 +282,10 @@ def _experiment(name: str) -> Experiment:
     return load(name, ())
 
 
+def _short(session: dict[str, Any]) -> str:
+    return (session["commit"] or "unknown")[:7]
+
+
 def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
@@ -284,7 +297,8 @@ def _row(cells: Sequence[str]) -> str:
 def _ms(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+    # Three digits, zeros at the end too.
+    return f"{1e3 * seconds:#.3g}".removesuffix(".") if seconds < 0.9995 else f"{1e3 * seconds:,.0f}"
 
 
 def _times(ratio: float | None, digits: int = 1) -> str:
