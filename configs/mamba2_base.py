@@ -4,7 +4,7 @@
 
 Paper: 36.6 % test accuracy after 400,000 steps. 67,184 parameters.
 Here: three seeds with the recipe of `mamba2_hax`, 80,000 steps: results/joint_recall/mamba2_base_*.json.
-Time: 0.87 ms a step on packed rows of one H200 (results/benchmarks/step.json).
+Time: results/benchmarks/step.json has that of a step on one H200, padded and packed.
 
 The released script trains the doubled width (`mamba2_base_double.py`) whenever there is no sparse attention;
 this is the row that Table 3 calls Base.

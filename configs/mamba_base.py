@@ -3,7 +3,7 @@
     python experiments/joint_recall.py --config=configs/mamba_base.py
 
 Paper: 16.3 % test accuracy after 400,000 steps. 73,920 parameters.
-Time: two to three hours expected on one H200, from short runs of mamba_hax.
+Time: results/benchmarks/step.json has that of a step on one H200, padded and packed.
 
 The released script trains the doubled width (`mamba_base_double.py`) whenever there is no sparse attention;
 this is the row that Table 3 calls Base.

@@ -3,7 +3,7 @@
     python experiments/joint_recall.py --config=configs/samba.py
 
 Paper: 6.3 % test accuracy after 400,000 steps. 131,360 parameters.
-Time: one to two hours expected on one H200; not run at length.
+Time: results/benchmarks/step.json has that of a step on one H200, padded and packed.
 
 Chance is 6.25 %: the paper's run does not learn the task.
 """

@@ -59,17 +59,12 @@ class Measured:
             found |= session.get("shapes", {})
         return found
 
-    def commit(self, measurement: dict[str, Any]) -> str:
-        """The code that a measurement is of, shortened."""
-        return _short(self.content["sessions"][measurement["session"]])
-
     def circumstances(self) -> str:
         """Device, versions and command of the sessions whose measurements stand in the file."""
         used = sorted({m["session"] for m in self.content["measurements"]})
         sessions = [self.content["sessions"][number] for number in used]
         lines = []
         for session in sessions:
-            commit = _short(session)
             limits = session.get("ceilings", {})
             rates = ""
             if limits:
@@ -80,7 +75,9 @@ class Measured:
             known = session["versions"]
             versions = ", ".join(f"{name} {known[name]}" for name in ("jax", "python") if name in known)
             note = f" {session['note']}" if session.get("note") else ""
-            lines.append(f"{session['device']['kind']}, commit {commit}, {versions}{rates}.{note}")
+            lines.append(
+                f"{session['device']['kind']}, {results.commit_of(session)}, {versions}{rates}.{note}"
+            )
         return "\n\n".join(dict.fromkeys(lines))
 
 
@@ -234,9 +231,10 @@ def _step(measured: Measured) -> list[str]:
     lines = ["A training step, 64 items of joint recall, forward, backward and AdamW."]
     for (label, *changes), found in sorted(groups.items(), key=lambda x: -max(m["session"] for m in x[1])):
         settings = f" ({', '.join(f'`{change}`' for change in changes)})" if changes else ""
-        commits = _in_order(measured.commit(m) for m in found)
+        sessions = measured.content["sessions"]
+        commits = _in_order(results.commit_of(sessions[m["session"]]) for m in found)
         title = f"{(label or 'as configured').replace('_', ' ').capitalize()}{settings}"
-        lines += ["", f"{title}, commit {', '.join(commits)}:", "", *_steps_of_configs(found)]
+        lines += ["", f"{title}, {', '.join(commits)}:", "", *_steps_of_configs(found)]
     return lines
 
 
@@ -280,10 +278,6 @@ def _scans(measured: Measured) -> list[str]:
 
 def _experiment(name: str) -> Experiment:
     return load(name, ())
-
-
-def _short(session: dict[str, Any]) -> str:
-    return (session["commit"] or "unknown")[:7]
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -74,6 +74,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", "arguments that --help lists", message, "see --help")
 
 
+def commit_of(session: dict[str, Any]) -> str:
+    """The code that a run or a measurement is of, as README tells it: its commit, and whether that is all."""
+    changes = " with uncommitted changes" if session.get("uncommitted_changes") else ""
+    return f"commit {(session['commit'] or 'unknown')[:7]}{changes}"
+
+
 def without_options(words: Sequence[str], names: Sequence[str]) -> list[str]:
     """A command's words without these options and their values, such as those that say where files lie."""
     kept, skip = [], False

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.record import read
-from experiments.results import FOLDER
+from experiments.results import FOLDER, commit_of
 
 
 def section(root: pathlib.Path, *, simulated: bool, up: str = "") -> str | None:
@@ -38,7 +38,7 @@ def _of_file(content: dict[str, Any], link: str) -> list[str]:
     lines += _throughput(by_kind.get("throughput", []))
     versions = last["versions"]
     known = ", ".join(f"{name} {versions[name]}" for name in ("jax", "python", "cuda") if name in versions)
-    commands = dict.fromkeys(f"`{s['command']}`, commit {(s['commit'] or 'unknown')[:7]}" for s in sessions)
+    commands = dict.fromkeys(f"`{s['command']}`, {commit_of(s)}" for s in sessions)
     return [*lines, "", f"{'; '.join(commands)}; {known}.", ""]
 
 

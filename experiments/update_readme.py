@@ -183,7 +183,7 @@ def _details(path: pathlib.Path, result: dict[str, Any], root: pathlib.Path) -> 
         f"{model.precision} precision",
         f"trained on {_source(data, data.train_source)}",
         f"tested on {_source(data, data.eval_source)} ({result['test']['num_items']:,} sequences)",
-        f"commit {result['commit'][:7]}",
+        results.commit_of(result),
         *(f"{name} {versions[name]}" for name in ("jax", "python", "cuda") if name in versions),
     ]
     lines = [f"`{path.stem}`: {', '.join(circumstances)}. {result.get('note', '')}".rstrip(), ""]

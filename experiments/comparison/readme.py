@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from experiments import results
 from experiments.comparison import report
 
 COLUMNS = (
@@ -104,7 +105,7 @@ def _details(path: pathlib.Path, result: dict[str, Any], root: pathlib.Path) -> 
         result["origin"],
         f"{device['count']} x {device['kind']}",
         *(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions),
-        f"commit {(result['commit'] or 'unknown')[:7]}",
+        results.commit_of(result),
     ]
     used = [row["implementation"] for row in report.speed_rows(result) if row["framework"] == "torch"]
     kernels = f" PyTorch's kernels: {'; '.join(_kernels(used[0]))}." if used else ""

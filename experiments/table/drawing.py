@@ -201,14 +201,14 @@ def _entry(cell: dict[str, Any] | None, folder: str) -> str:
 def _differing(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Devices, commits and versions, each as often as it differs."""
     devices = dict.fromkeys(f"{run['device']['count']} x {run['device']['kind']}" for run in runs)
-    commits = dict.fromkeys(run["commit"][:7] for run in runs)
+    commits = dict.fromkeys(results.commit_of(run) for run in runs)
     versions = dict.fromkeys(
         f"{name} {run['versions'][name]}"
         for name in ("jax", "python")
         for run in runs
         if name in run["versions"]
     )
-    return [*devices, *(f"commit {commit}" for commit in commits), *versions]
+    return [*devices, *commits, *versions]
 
 
 def _command(command: str) -> str:

@@ -26,7 +26,9 @@ def tables(tmp_path):
 
     def of(*measurements) -> str:
         session = {"device": {"kind": "NVIDIA H200"}, "versions": {"jax": "0.11.2"}}
-        sessions = [session | {"commit": letter * 40} for letter in "abc"]
+        sessions = [
+            session | {"commit": letter * 40, "uncommitted_changes": letter == "c"} for letter in "abc"
+        ]
         content = {
             "format_version": results.FORMAT_VERSION,
             "suite": "step",
@@ -57,7 +59,7 @@ def test_steps_have_a_table_for_each_label_and_setting_the_latest_first(tables):
     titles = [line for line in text.splitlines() if line.endswith(":")]
     settings = "(`data.packing=1280`, `data.order=even`)"
     assert titles == [
-        f"Packed {settings}, commit bbbbbbb, ccccccc:",
+        f"Packed {settings}, commit bbbbbbb, commit ccccccc with uncommitted changes:",
         "As configured, commit bbbbbbb:",
         f"Before {settings}, commit aaaaaaa:",
     ]
