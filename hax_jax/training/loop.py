@@ -218,8 +218,9 @@ class Run:
             self.console.line(f"testing the parameters of step {self.best.step}, the best in validation")
             test = self._score(Purpose.TEST, arrays["params"], arrays["buffers"])
         self.metrics.flush()
+        # A run that has finished is never opened again: all of it is on the disk before it says so.
+        self.checkpoints.wait()
         if test is None:
-            self.checkpoints.wait()
             self.console.line(
                 f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
             )

@@ -269,15 +269,21 @@ def _wrong_in(
     found = {f"/{kind}": whole(folder / kind) for kind in KINDS}
     yield from reference.wrong_after_kill(folder, complete, found)
     (_, *arguments), keywords = opening
+    has_finished = False
     try:
         with RunFolder(folder, *arguments, **keywords) as opened:
-            opened.result()
+            has_finished = opened.result() is not None
     except Exception as error:
         yield f"the folder is refused: {error!r}"
+    if has_finished:
+        # Such a run is not opened again: what it lacks stays lacking.
+        yield from reference.wrong_at_end(folder)
+        return
     if not found["/checkpoints"]:
         return
     newest = found["/checkpoints"][max(found["/checkpoints"])]
-    best = newest.meta["best"]["step"]
+    # The checkpoints of a population hold the best arrays of its members themselves.
+    best = None if isinstance(newest.meta["best"], list) else newest.meta["best"]["step"]
     if best is not None and best not in found["/best"]:
         yield f"step {newest.step} names {best} as the best, which is not whole"
     last = {"train": newest.step, "valid": newest.meta["last_valid"]}

@@ -22,6 +22,7 @@ from hax_jax.training import (
     score,
     train,
 )
+from hax_jax.training.checkpoints import Checkpoints
 from hax_jax.training.evaluate import Evaluator
 from hax_jax.training.metrics import read_metrics
 from hax_jax.training.workdir import RunFolder
@@ -266,6 +267,26 @@ def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
     monkeypatch.setattr("hax_jax.training.metrics.MetricsWriter.write", full)
     with pytest.raises(TrainingError, match="No space left on device"):
         train(tiny_experiment(), tmp_path, model=TinyModel())
+
+
+@pytest.mark.parametrize("seeds", ["", "0,1"])
+def test_a_run_has_finished_only_when_its_last_checkpoint_is_on_the_disk(tmp_path, monkeypatch, seeds):
+    settings = tiny_experiment(num_steps=4, checkpoint_every_steps=2, population_seeds=seeds)
+    write = Checkpoints._write
+
+    def full_at_the_end(self, step, *arguments):
+        if self.folder == tmp_path / "checkpoints" and step == 4:
+            raise OSError(28, "No space left on device")
+        write(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_write", full_at_the_end)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            train(settings, tmp_path, model=TinyModel())
+    assert not (tmp_path / "result.json").exists()
+
+    assert train(settings, tmp_path, model=TinyModel()).stopped == "finished"
+    assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
 def test_model_of_the_settings_trains_and_is_restored(tmp_path):
