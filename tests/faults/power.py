@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import random
+import shutil
 import stat
 import tempfile
 import time
@@ -184,7 +185,9 @@ class Outages:
             def noted(kept, step, arrays, meta):
                 write(kept, step, arrays, meta)
                 if kept.folder.is_relative_to(self._root):
-                    self._complete[f"/{kept.folder.name}"] = step
+                    # As MEMBER/KIND, where the run itself has no name.
+                    kind = kept.folder.relative_to(self._root / "run")
+                    self._complete["/".join(kind.parts) if kind.parts[1:] else f"/{kind}"] = step
 
             checkpoints.Checkpoints._write = noted
             yield
@@ -224,12 +227,13 @@ def try_power(form: str, trials: int, seed: int, seconds: float, moments: float 
         folder = pathlib.Path(temporary)
         reference, experiment = undisturbed(form, folder)
 
+        kept: list[pathlib.Path] = []
+
         def look(state: pathlib.Path, complete: dict[str, int]) -> Iterator[str]:
-            yield from _wrong_in(state, complete, reference, experiment)
             if generator.random() < _TRAINED:
-                tally.of_kind["trained to the end"] += 1
-                FORMS[form].train(state)
-                yield from reference.wrong_at_end(state)
+                kept.append(folder / f"state_{len(kept)}")
+                shutil.copytree(state, kept[-1])
+            yield from _wrong_in(state, complete, reference, experiment)
 
         while not is_over():
             root = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -237,6 +241,10 @@ def try_power(form: str, trials: int, seed: int, seconds: float, moments: float 
             with Outages(root, look, generator, moment, tally).watching():
                 FORMS[form].train(root / "run")
             tally.of_kind["runs"] += 1
+        # Not while another run of this process is writing: Orbax counts what a process writes.
+        for state in kept:
+            FORMS[form].train(state)
+            tally.add("trained to the end", list(reference.wrong_at_end(state)), {})
     return tally
 
 

@@ -27,8 +27,10 @@ def test_killed_at_random_moments_ends_with_the_same_bits(form, compiled_program
     assert tally.trials > 0 and tally.failures == 0, (SEED, tally.details)
 
 
-def test_pulled_plug_loses_nothing_that_was_counted_on():
-    tally = power.try_power("plain", 25, SEED, SECONDS, moments=0.05)
+# What a population keeps lies in folders of its members too.
+@pytest.mark.parametrize("form", ["plain", "population"])
+def test_pulled_plug_loses_nothing_that_was_counted_on(form):
+    tally = power.try_power(form, 25, SEED, SECONDS, moments=0.05)
     assert tally.trials >= 20 and tally.failures == 0, (SEED, tally.details)
 
 
