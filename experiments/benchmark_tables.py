@@ -233,12 +233,13 @@ def _step(measured: Measured) -> list[str]:
         settings = f" ({', '.join(f'`{change}`' for change in changes)})" if changes else ""
         sessions = measured.content["sessions"]
         commits = _in_order(results.commit_of(sessions[m["session"]]) for m in found)
-        title = f"{(label or 'as configured').replace('_', ' ').capitalize()}{settings}"
+        name = (label or "as configured").replace("_", " ")
+        title = f"{name[0].upper()}{name[1:]}{settings}"
         lines += ["", f"{title}, {', '.join(commits)}:", "", *_steps_of_configs(found)]
     return lines
 
 
-def _steps_of_configs(found: Iterable[dict[str, Any]]) -> list[str]:
+def _steps_of_configs(found: Sequence[dict[str, Any]]) -> list[str]:
     head = ["config", "ms a step", "floor", "tokens/s", "positions/s", "peak GiB", "kernels", "busy"]
     head.append("first step, s")
     lines = [_row(head), _row(["---"] * len(head))]

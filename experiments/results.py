@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def commit_of(session: dict[str, Any]) -> str:
-    """The code that a run or a measurement is of, as README tells it: its commit, and whether that is all."""
+    """The commit that a run or a measurement is of, and whether the checkout held other changes."""
     changes = " with uncommitted changes" if session.get("uncommitted_changes") else ""
     return f"commit {(session['commit'] or 'unknown')[:7]}{changes}"
 

@@ -25,7 +25,7 @@ from hax_jax.training.environment import resolved_implementation
 ROUNDS = 5
 WARM_UP = 3
 GIB = 2**30
-# Positions of a row that several items share: the packed rows of `benchmarks/run.py step` and of the results.
+# Positions of a row that several items share, as where results/benchmarks/step.json says 'packed'.
 PACKED_ROW = 1280
 
 
@@ -65,8 +65,9 @@ def measure(
       wait: called when everything of ours is compiled and nothing has been timed.
 
     Yields:
-      One dict a mode: `framework`, `label`, `routing`, `precision`, `packing`, `implementation`, then
-      `step_ms`, `peak_gib`, `tokens_per_s` (pads left out), `first_s` (building and compiling); or `error`.
+      One dict a mode: `framework`, `label`, `routing`, `precision`, `packing`, `order`, `implementation`,
+      then `step_ms`, `peak_gib`, `tokens_per_s` (pads left out), `first_s` (building and compiling); or
+      `error`.
     """
     tokens = experiment.training.batch_size * tokens_of_an_item(experiment.data)
     chosen = modes(experiment)
@@ -83,6 +84,7 @@ def measure(
             "routing": model.routing,
             "precision": model.precision,
             "packing": mode.experiment.data.packing,
+            "order": mode.experiment.data.order,
         }
         try:
             run = _torch_run(exchange) if mode.framework == "torch" else _jax_run(mode, *ready[mode].result())

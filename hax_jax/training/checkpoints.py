@@ -91,14 +91,20 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, step, arrays, meta)
 
     def wait(self) -> None:
-        """Returns when the last checkpoint saved is whole and on the disk.
+        """Returns when the last checkpoint saved is whole and on the disk, in every process.
 
         Raises:
-          CheckpointError: it could not be written.
+          CheckpointError: it could not be written; in every process, so that none waits for another.
         """
-        self._finish()
-        # The other processes have waited for nothing yet.
-        from_primary(0)
+        error = None
+        try:
+            self._finish()
+        except CheckpointError as found:
+            error = found
+        if from_primary(int(error is not None)):
+            raise error or CheckpointError(
+                f"The first process could not write a checkpoint to {self.folder}."
+            )
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None

@@ -218,7 +218,7 @@ class Run:
             self.console.line(f"testing the parameters of step {self.best.step}, the best in validation")
             test = self._score(Purpose.TEST, arrays["params"], arrays["buffers"])
         self.metrics.flush()
-        # A run that has finished is never opened again: all of it is on the disk before it says so.
+        # A run that has finished is never opened again: its last checkpoint is on the disk before it says so.
         self.checkpoints.wait()
         if test is None:
             self.console.line(

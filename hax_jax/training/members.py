@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +61,7 @@ def write_member(
     ]
     write_atomically(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
     if (workdir / "run.json").exists():
-        shutil.copyfile(workdir / "run.json", folder / "run.json")
+        write_atomically(folder / "run.json", (workdir / "run.json").read_bytes())
     _write_checkpoints(restored, index, member, folder, say)
     if result is not None and result.stopped == "finished":
         write_json(folder / "result.json", dataclasses.asdict(result))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import benchmark_tables, results
+from benchmarks import record
+from experiments import benchmark_tables
 
 PACKED = ["data.packing=1280", "data.order=even"]
 
@@ -30,7 +31,7 @@ def tables(tmp_path):
             session | {"commit": letter * 40, "uncommitted_changes": letter == "c"} for letter in "abc"
         ]
         content = {
-            "format_version": results.FORMAT_VERSION,
+            "format_version": record.FORMAT_VERSION,
             "suite": "step",
             "sessions": sessions,
             "measurements": list(measurements),

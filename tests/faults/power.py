@@ -4,7 +4,8 @@ A killed process leaves everything that it has written; a machine without power 
 trains, `Disk` notes which bytes and which names have been fsynced. At random moments it makes up a state that
 a disk may be left in: files that were not synced are old, new, torn, cut short, or have lost sectors; names
 that were created, renamed or deleted since their folder was synced are there or not, each for itself. In
-every such state the run has to go on with nothing lost that it had counted on; some are trained to their end.
+every such state the run has to go on with nothing lost that it had counted on, and where it says that it has
+finished all has to be there. Some states are trained to their end, after the run.
 """
 
 import contextlib
@@ -185,9 +186,9 @@ class Outages:
             def noted(kept, step, arrays, meta):
                 write(kept, step, arrays, meta)
                 if kept.folder.is_relative_to(self._root):
-                    # As MEMBER/KIND, where the run itself has no name.
-                    kind = kept.folder.relative_to(self._root / "run")
-                    self._complete["/".join(kind.parts) if kind.parts[1:] else f"/{kind}"] = step
+                    place = kept.folder.relative_to(self._root / "run")
+                    member = "/".join(place.parts[:-1])
+                    self._complete[f"{member}/{place.name}"] = step
 
             checkpoints.Checkpoints._write = noted
             yield
@@ -213,7 +214,8 @@ class Outages:
             with tempfile.TemporaryDirectory(dir=memory()) as temporary:
                 folder = pathlib.Path(temporary) / "state"
                 self._disk.state(self._generator).write(folder)
-                problems = list(self._look(folder / "run", complete.copy()))
+                # The run must not see what goes wrong here: it would take it for an error of the disk.
+                problems = problems_of(lambda: self._look(folder / "run", complete.copy()))
             self._tally.add(f"at {name}", problems, {"complete": complete})
         finally:
             self._busy = False
@@ -227,13 +229,20 @@ def try_power(form: str, trials: int, seed: int, seconds: float, moments: float 
         folder = pathlib.Path(temporary)
         reference, experiment = undisturbed(form, folder)
 
-        kept: list[pathlib.Path] = []
+        kept: list[tuple[pathlib.Path, dict[str, int]]] = []
 
         def look(state: pathlib.Path, complete: dict[str, int]) -> Iterator[str]:
             if generator.random() < _TRAINED:
-                kept.append(folder / f"state_{len(kept)}")
-                shutil.copytree(state, kept[-1])
+                # With the folder around it: the run's own may not have come to the disk.
+                copy = shutil.copytree(state.parent, folder / f"state_{len(kept)}")
+                kept.append((copy / state.name, complete.copy()))
+            if (state / "result.json").exists():
+                tally.of_kind["finished"] += 1
             yield from _wrong_in(state, complete, reference, experiment)
+
+        def wrong_when_trained(state: pathlib.Path) -> Iterator[str]:
+            FORMS[form].train(state)
+            yield from reference.wrong_at_end(state)
 
         while not is_over():
             root = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -242,10 +251,20 @@ def try_power(form: str, trials: int, seed: int, seconds: float, moments: float 
                 FORMS[form].train(root / "run")
             tally.of_kind["runs"] += 1
         # Not while another run of this process is writing: Orbax counts what a process writes.
-        for state in kept:
-            FORMS[form].train(state)
-            tally.add("trained to the end", list(reference.wrong_at_end(state)), {})
+        for state, complete in kept:
+            problems = problems_of(lambda state=state: wrong_when_trained(state))
+            tally.note("trained to the end", problems, {"complete": complete})
     return tally
+
+
+def problems_of(look: Callable[[], Iterator[str]]) -> list[str]:
+    """What a look at a folder finds; that it cannot be looked at is a problem too."""
+    problems = []
+    try:
+        problems.extend(look())
+    except Exception as error:
+        problems.append(f"looking at it failed: {error!r}")
+    return problems
 
 
 def undisturbed(form: str, folder: pathlib.Path) -> tuple[Undisturbed, Any]:

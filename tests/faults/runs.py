@@ -88,8 +88,10 @@ class Undisturbed:
             mine, other = folder / member, self.folder / member
             if lines_of(mine) != lines_of(other):
                 yield f"{member}/metrics.jsonl differs"
-            results = [(x / "result.json").read_bytes() for x in (mine, other)]
-            if results[0] != results[1]:
+            result = mine / "result.json"
+            if not result.exists():
+                yield f"{member}/result.json is missing"
+            elif result.read_bytes() != (other / "result.json").read_bytes():
                 yield f"{member}/result.json differs"
             for kind in KINDS:
                 found, wanted = whole(mine / kind), whole(other / kind)

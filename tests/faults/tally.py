@@ -21,6 +21,10 @@ class Tally:
     def add(self, kind: str, problems: list[str], what: Any) -> None:
         """Counts one trial; it failed if there are problems, which are kept with `what` led to them."""
         self.trials += 1
+        self.note(kind, problems, what)
+
+    def note(self, kind: str, problems: list[str], what: Any) -> None:
+        """Counts what belongs to a trial that has been counted."""
         self.of_kind[kind] += 1
         if problems:
             self.failures += 1

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 
@@ -46,6 +47,24 @@ def test_simulated_outage_notices_a_missing_fsync(monkeypatch):
     tally = power.try_power("plain", 60, SEED, SECONDS, moments=0.2)
     assert tally.failures > 0
     assert any("went back" in problem for detail in tally.details for problem in detail["problems"])
+
+
+@pytest.mark.parametrize(
+    ("form", "lost", "problem"),
+    [
+        ("plain", "checkpoints/60", "/checkpoints: the newest is 54, not 60"),
+        ("population", f"{FORMS['population'].members[1]}/result.json", "result.json is missing"),
+        ("plain", "metrics.jsonl", "/metrics.jsonl differs"),
+    ],
+)
+def test_what_a_finished_run_lacks_is_noticed(tmp_path, form, lost, problem):
+    reference, opening = power.undisturbed(form, tmp_path)
+    folder = tmp_path / "copy"
+    shutil.copytree(reference.folder, folder)
+    look = lambda: list(power._wrong_in(folder, {}, reference, opening))  # noqa: E731
+    assert look() == []
+    (shutil.rmtree if (folder / lost).is_dir() else os.remove)(folder / lost)
+    assert any(problem in found for found in look())
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ PATIENCE = 240
 class Pair:
     """Both processes of a run."""
 
-    def __init__(self, folder: pathlib.Path, cache: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, *arguments: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -36,7 +36,7 @@ class Pair:
         script = str(ROOT / "tests" / "faults" / "two.py")
         self.processes = [
             subprocess.Popen(
-                [sys.executable, script, str(port), str(number), str(folder)],
+                [sys.executable, script, str(port), str(number), str(folder), *arguments],
                 env=environment,
                 cwd=ROOT,
                 text=True,
@@ -59,6 +59,12 @@ class Pair:
         outputs = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
         assert [process.returncode for process in self.processes] == [0, 0], outputs
         return [output.splitlines()[-1] for output in outputs]
+
+    def failed(self) -> list[str]:
+        """The last lines of both when each has ended with an error."""
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
+        assert all(process.returncode for process in self.processes), outputs
+        return outputs
 
     def kill(self) -> list[str]:
         """Ends both, as a batch system does when one of them is gone."""
@@ -96,6 +102,19 @@ def test_signal_to_the_second_stops_both_at_one_step(undisturbed, tmp_path, comp
     pair.processes[1].send_signal(signal.SIGTERM)
     assert pair.ended() == ["interrupted", "interrupted"]
     assert whole(folder / "checkpoints")
+    assert Pair(folder, compiled_programs).ended() == ["finished", "finished"]
+    assert list(undisturbed.wrong_at_end(folder)) == []
+
+
+def test_last_checkpoint_that_cannot_be_written_ends_both(undisturbed, tmp_path, compiled_programs):
+    folder = tmp_path / "run"
+    begin = time.monotonic()
+    first, second = Pair(folder, compiled_programs, "full").failed()
+    # The second does not wait until JAX gives up the first.
+    assert time.monotonic() - begin < 100
+    assert "No space left on device" in first
+    assert "The first process could not write a checkpoint" in second
+    assert not (folder / "result.json").exists()
     assert Pair(folder, compiled_programs).ended() == ["finished", "finished"]
     assert list(undisturbed.wrong_at_end(folder)) == []
 
