@@ -228,10 +228,10 @@ def _step(measured: Measured) -> list[str]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for m in measured.by_id.values():
         groups.setdefault((m["label"], *m["changes"]), []).append(m)
+    sessions = measured.content["sessions"]
     lines = ["A training step, 64 items of joint recall, forward, backward and AdamW."]
     for (label, *changes), found in sorted(groups.items(), key=lambda x: -max(m["session"] for m in x[1])):
         settings = f" ({', '.join(f'`{change}`' for change in changes)})" if changes else ""
-        sessions = measured.content["sessions"]
         commits = _in_order(results.commit_of(sessions[m["session"]]) for m in found)
         name = (label or "as configured").replace("_", " ")
         title = f"{name[0].upper()}{name[1:]}{settings}"
@@ -240,8 +240,17 @@ def _step(measured: Measured) -> list[str]:
 
 
 def _steps_of_configs(found: Sequence[dict[str, Any]]) -> list[str]:
-    head = ["config", "ms a step", "floor", "tokens/s", "positions/s", "peak GiB", "kernels", "busy"]
-    head.append("first step, s")
+    head = [
+        "config",
+        "ms a step",
+        "floor",
+        "tokens/s",
+        "positions/s",
+        "peak GiB",
+        "kernels",
+        "busy",
+        "first step, s",
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
     for m in found:
         if "error" in m:

@@ -217,13 +217,9 @@ class Run:
             arrays = self._read_best()
             self.console.line(f"testing the parameters of step {self.best.step}, the best in validation")
             test = self._score(Purpose.TEST, arrays["params"], arrays["buffers"])
-        self.metrics.flush()
-        # A run that has finished is never opened again: its last checkpoint is on the disk before it says so.
-        self.checkpoints.wait()
+        self._wait_until_saved()
         if test is None:
-            self.console.line(
-                f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
-            )
+            self._say_stopped()
             return RunResult(
                 "interrupted",
                 self.step,
@@ -248,6 +244,19 @@ class Run:
             f"finished: test accuracy {100 * test.accuracy:.2f}%, loss {test.loss:.4f}, {self.step} steps"
         )
         return result
+
+    def _wait_until_saved(self) -> None:
+        """Returns when metrics and the last checkpoint are on the disk.
+
+        A run that has finished is never opened again, so it says so only then.
+        """
+        self.metrics.flush()
+        self.checkpoints.wait()
+
+    def _say_stopped(self) -> None:
+        self.console.line(
+            f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
+        )
 
     def close(self) -> None:
         """Lets what is being written get done, and closes everything."""

@@ -157,13 +157,10 @@ class PopulationRun(Run):
         if not self.stop:
             self.console.line("testing the best in validation of each member")
             tests = self._score_members(Purpose.TEST, self.best_arrays)
-        self.metrics.flush()
-        self.checkpoints.wait()
+        self._wait_until_saved()
         refused = sum(refusals.count for refusals in self.refusals_of)
         if tests is None:
-            self.console.line(
-                f"stopped by {self.stop.name} at step {self.step}, all saved; the same command goes on"
-            )
+            self._say_stopped()
             return RunResult("interrupted", self.step, refused_updates=refused)
         running = self._running()
         for index in running:

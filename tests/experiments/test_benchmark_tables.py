@@ -7,18 +7,25 @@ import pytest
 from benchmarks import record
 from experiments import benchmark_tables
 
-PACKED = ["data.packing=1280", "data.order=even"]
+PACKED = ("data.packing=1280", "data.order=even")
 
 
 def step(config: str, session: int, label: str = "", changes: tuple[str, ...] = (), **facts):
     """A measured step of the benchmark, as far as the table has it."""
     return {
-        "id": "/".join(filter(None, (label, config, *changes))), "session": session, "config": config,
-        "label": label, "changes": list(changes), "time": {"seconds": 0.0009}, "tokens_per_s": 31.3e6,
-        "positions_per_s": 33.8e6, "floor": {"total": {"seconds": 0.000196}},
-        "memory": {"program": {"peak": 2**29}}, "trace": {"kernels_per_call": 249.2, "busy_share": 0.78},
+        "id": "/".join(filter(None, (label, config, *changes))),
+        "session": session,
+        "config": config,
+        "label": label,
+        "changes": list(changes),
+        "time": {"seconds": 0.0009},
+        "tokens_per_s": 31.3e6,
+        "positions_per_s": 33.8e6,
+        "floor": {"total": {"seconds": 0.000196}},
+        "memory": {"program": {"peak": 2**29}},
+        "trace": {"kernels_per_call": 249.2, "busy_share": 0.78},
         "first_step": {"total": 19.9},
-    } | facts  # fmt: skip
+    } | facts
 
 
 @pytest.fixture
@@ -46,13 +53,13 @@ def tables(tmp_path):
 
 def test_steps_have_a_table_for_each_label_and_setting_the_latest_first(tables):
     text = tables(
-        step("mamba2_hax", 0, "before", tuple(PACKED)),
-        step("mamba2_hax", 1, "packed", tuple(PACKED)),
+        step("mamba2_hax", 0, "before", PACKED),
+        step("mamba2_hax", 1, "packed", PACKED),
         step(
             "mamba2_base",
             2,
             "packed",
-            tuple(PACKED),
+            PACKED,
             first_step={"total": 11.3, "without_cache": {"total": 40}},
         ),
         step("samba", 1),

@@ -50,21 +50,30 @@ def test_simulated_outage_notices_a_missing_fsync(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "lost", "problem"),
+    ("form", "lost"),
     [
-        ("plain", "checkpoints/60", "/checkpoints: the newest is 54, not 60"),
-        ("population", f"{FORMS['population'].members[1]}/result.json", "result.json is missing"),
-        ("plain", "metrics.jsonl", "/metrics.jsonl differs"),
+        (
+            "plain",
+            {
+                "checkpoints/60": "/checkpoints: the newest is 54, not 60",
+                "metrics.jsonl": "/metrics.jsonl differs",
+            },
+        ),
+        ("population", {f"{FORMS['population'].members[1]}/result.json": "result.json is missing"}),
     ],
 )
-def test_what_a_finished_run_lacks_is_noticed(tmp_path, form, lost, problem):
+def test_what_a_finished_run_lacks_is_noticed(tmp_path, form, lost):
     reference, opening = power.undisturbed(form, tmp_path)
-    folder = tmp_path / "copy"
-    shutil.copytree(reference.folder, folder)
-    look = lambda: list(power._wrong_in(folder, {}, reference, opening))  # noqa: E731
-    assert look() == []
-    (shutil.rmtree if (folder / lost).is_dir() else os.remove)(folder / lost)
-    assert any(problem in found for found in look())
+
+    def problems(folder):
+        return list(power._wrong_in(folder, {}, reference, opening))
+
+    for number, (name, problem) in enumerate(lost.items()):
+        folder = tmp_path / f"copy_{number}"
+        shutil.copytree(reference.folder, folder)
+        assert problems(folder) == []
+        (shutil.rmtree if (folder / name).is_dir() else os.remove)(folder / name)
+        assert any(problem in found for found in problems(folder))
 
 
 @pytest.fixture(scope="module")

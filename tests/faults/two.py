@@ -3,6 +3,7 @@
 With `full` the disk is full when the last checkpoint is to be written.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -10,8 +11,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from hax_jax.training import processes, train
-from hax_jax.training.checkpoints import Checkpoints
-from tests.training.tiny import TinyModel, tiny_experiment
+from tests.training.tiny import TinyModel, full_disk_at, tiny_experiment
 
 
 def main() -> None:
@@ -23,23 +23,11 @@ def main() -> None:
         "JAX_PROCESS_ID": number,
     }
     processes.join()
-    if sys.argv[4:] == ["full"]:
-        _full_at_the_end()
     settings = tiny_experiment(
         num_steps=60, log_every_steps=2, eval_every_steps=10, checkpoint_every_steps=6, learning_rate=2e-3
     )
-    print(train(settings, pathlib.Path(folder), model=TinyModel()).stopped, flush=True)
-
-
-def _full_at_the_end() -> None:
-    write = Checkpoints._write
-
-    def fails(checkpoints, step, *arguments):
-        if checkpoints.folder.name == "checkpoints" and step == 60:
-            raise OSError(28, "No space left on device")
-        write(checkpoints, step, *arguments)
-
-    Checkpoints._write = fails
+    with full_disk_at(settings.training.num_steps) if sys.argv[4:] == ["full"] else contextlib.nullcontext():
+        print(train(settings, pathlib.Path(folder), model=TinyModel()).stopped, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,18 @@ from hax_jax.training import (
     score,
     train,
 )
-from hax_jax.training.checkpoints import Checkpoints
 from hax_jax.training.evaluate import Evaluator
 from hax_jax.training.metrics import read_metrics
 from hax_jax.training.workdir import RunFolder
 from tests.training.test_step import Breaking
-from tests.training.tiny import VOCAB_SIZE, TinyModel, lines_without_timing, tiny_experiment, tiny_hax_model
+from tests.training.tiny import (
+    VOCAB_SIZE,
+    TinyModel,
+    full_disk_at,
+    lines_without_timing,
+    tiny_experiment,
+    tiny_hax_model,
+)
 
 
 def files_of(folder):
@@ -270,19 +276,10 @@ def test_full_disk_for_metrics_is_a_training_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seeds", ["", "0,1"])
-def test_a_run_has_finished_only_when_its_last_checkpoint_is_on_the_disk(tmp_path, monkeypatch, seeds):
+def test_a_run_has_finished_only_when_its_last_checkpoint_is_on_the_disk(tmp_path, seeds):
     settings = tiny_experiment(num_steps=4, checkpoint_every_steps=2, population_seeds=seeds)
-    write = Checkpoints._write
-
-    def full_at_the_end(self, step, *arguments):
-        if self.folder == tmp_path / "checkpoints" and step == 4:
-            raise OSError(28, "No space left on device")
-        write(self, step, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_write", full_at_the_end)
-        with pytest.raises(CheckpointError, match="No space left on device"):
-            train(settings, tmp_path, model=TinyModel())
+    with full_disk_at(4), pytest.raises(CheckpointError, match="No space left on device"):
+        train(settings, tmp_path, model=TinyModel())
     assert not (tmp_path / "result.json").exists()
 
     assert train(settings, tmp_path, model=TinyModel()).stopped == "finished"

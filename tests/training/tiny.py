@@ -1,17 +1,21 @@
 """A run small enough for any test: tables of 1-2 contexts and keys, and a model that uses every feature."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hax_jax.config import DataConfig, Experiment, ModelConfig, TrainingConfig
+from hax_jax.training.checkpoints import Checkpoints
 from hax_jax.training.metrics import TIMING_FIELDS, read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -92,6 +96,20 @@ def tiny_experiment(seed: int = 0, data: DataConfig = DATA, **training: Any) -> 
         data=data,
         training=TrainingConfig(**{**settings, **training}),
     )
+
+
+@contextlib.contextmanager
+def full_disk_at(step: int) -> Iterator[None]:
+    """Within it the checkpoint of that step, but not the best one, finds no room."""
+    write = Checkpoints._write
+
+    def write_if_there_is_room(checkpoints, at, *arguments):
+        if checkpoints.folder.name == "checkpoints" and at == step:
+            raise OSError(28, "No space left on device")
+        write(checkpoints, at, *arguments)
+
+    with mock.patch.object(Checkpoints, "_write", write_if_there_is_room):
+        yield
 
 
 def lines_without_timing(workdir: pathlib.Path) -> list[dict[str, Any]]:
